@@ -1,0 +1,980 @@
+/* Copyright (c) 2026 dovetail authors, LGPL-2.1-or-later, see COPYING */
+
+/* From a log position to changes. The trigger is a commit or a sync; the content
+   is what the mailbox's transaction log has behind the queued position. */
+
+#include "lib.h"
+#include "array.h"
+#include "buffer.h"
+#include "guid.h"
+#include "istream.h"
+#include "randgen.h"
+#include "seq-range-array.h"
+#include "str.h"
+#include "mail-storage-private.h"
+#include "mail-index-private.h"
+#include "mail-index-view-private.h"
+#include "mail-index-modseq.h"
+#include "mail-transaction-log-view-private.h"
+#include "dovetail-compat.h"
+#include "dovetail-name.h"
+#include "dovetail-plugin.h"
+#include "dovetail-position.h"
+
+/* The flags of an index record that are IMAP's; the others are Dovecot's own. */
+#define DOVETAIL_FLAGS_MASK \
+	(MAIL_ANSWERED | MAIL_FLAGGED | MAIL_DELETED | MAIL_SEEN | MAIL_DRAFT)
+
+/* The replay service has nobody waiting for it, but does not wait for ever. */
+#define CAPTURE_REPLAY_TIMEOUT_USECS (60 * 1000000ULL)
+/* Records without a change (caches, our own position) are skipped again by each
+   capture; after this many bytes of them an empty change moves the position
+   past them, here and on the replicas. */
+#define CAPTURE_SKIP_SIZE (16 * 1024)
+/* A snapshot that nobody asked for brings along the first bodies. */
+#define CAPTURE_SNAPSHOT_SIZE DOVETAIL_CHANGE_SPLIT_SIZE
+
+struct capture {
+	struct mailbox *box;
+	struct dovetail_mailbox *dbox;
+	struct dovetail_user *duser;
+	struct mail_index_view *view;
+	uint64_t deadline;
+
+	/* opened when the first message is read */
+	struct mailbox *reader;
+	struct mailbox_transaction_context *reader_trans;
+	struct mail *mail;
+
+	/* the change being built: the ops are encoded as they come, the head
+	   when it is sent */
+	struct dovetail_change change;
+	buffer_t *ops, *body, *encoded;
+	unsigned int sent_count;
+
+	/* a message is too large to wait for: leave the rest to a sweep */
+	bool deferred;
+	/* why it failed; allocated */
+	char *error;
+};
+
+struct mailbox *dovetail_mailbox_open_internal(struct mailbox *box,
+					       const char **error_r)
+{
+	struct mailbox *internal;
+	struct dovetail_mailbox *dbox;
+
+	internal = mailbox_alloc(box->list, box->vname,
+				 MAILBOX_FLAG_IGNORE_ACLS);
+	dbox = DOVETAIL_MAILBOX_CONTEXT(internal);
+	if (dbox != NULL)
+		dbox->internal = TRUE;
+	if (mailbox_open(internal) < 0) {
+		*error_r = t_strdup(mailbox_get_last_internal_error(internal,
+								    NULL));
+		mailbox_free(&internal);
+		return NULL;
+	}
+	return internal;
+}
+
+int dovetail_mailbox_get_guid(struct mailbox *box, guid_128_t guid_r)
+{
+	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
+	struct mailbox_metadata metadata;
+
+	if (!dbox->guid_known) {
+		if (mailbox_get_metadata(box, MAILBOX_METADATA_GUID,
+					 &metadata) < 0)
+			return -1;
+		guid_128_copy(dbox->guid, metadata.guid);
+		dbox->guid_known = TRUE;
+	}
+	guid_128_copy(guid_r, dbox->guid);
+	return 0;
+}
+
+uint64_t dovetail_capture_deadline(struct dovetail_user *duser)
+{
+	uint64_t timeout = duser->replaying ? CAPTURE_REPLAY_TIMEOUT_USECS :
+		duser->set.ack_timeout_msecs * 1000ULL;
+
+	return dovetail_monotonic_usecs() + timeout;
+}
+
+enum dovetail_ack_level dovetail_capture_level(struct dovetail_user *duser)
+{
+	/* a sweep has nobody waiting for a replica */
+	return duser->replaying ? DOVETAIL_ACK_QUEUED : duser->set.ack;
+}
+
+int dovetail_capture_wait(struct dovetail_user *duser,
+			  struct dovetail_queue_batch *batch, uint64_t deadline)
+{
+	const char *error;
+	int ret;
+
+	if (dovetail_capture_level(duser) == DOVETAIL_ACK_LOCAL)
+		deadline = 0;
+	ret = dovetail_queue_client_wait(duser->client, batch, deadline, &error);
+	if (ret > 0)
+		dovetail_queue_client_note(duser->client, duser->event, NULL);
+	else if (ret == 0 && deadline > 0) {
+		dovetail_queue_client_note(duser->client, duser->event,
+			t_strdup_printf("No answer within %u ms "
+					"(dovetail_ack_timeout)",
+					duser->set.ack_timeout_msecs));
+	} else if (ret < 0) {
+		dovetail_queue_client_note(duser->client, duser->event, error);
+	}
+	return ret;
+}
+
+/* ---- a change ---- */
+
+static void ATTR_FORMAT(2, 3)
+capture_fail(struct capture *c, const char *fmt, ...)
+{
+	va_list args;
+
+	va_start(args, fmt);
+	i_free(c->error);
+	c->error = i_strdup_vprintf(fmt, args);
+	va_end(args);
+}
+
+static void capture_deinit(struct capture *c)
+{
+	if (c->mail != NULL) {
+		mail_free(&c->mail);
+		/* rolled back: reading must not write caches into the log we
+		   read */
+		mailbox_transaction_rollback(&c->reader_trans);
+	}
+	if (c->reader != NULL)
+		mailbox_free(&c->reader);
+	if (c->view != NULL)
+		mail_index_view_close(&c->view);
+	buffer_free(&c->ops);
+	buffer_free(&c->body);
+	buffer_free(&c->encoded);
+	i_free(c->error);
+}
+
+static int capture_init(struct capture *c, struct mailbox *box)
+{
+	struct dovetail_change_mailbox *mailbox = &c->change.u.mailbox;
+
+	i_zero(c);
+	c->box = box;
+	c->dbox = DOVETAIL_MAILBOX_CONTEXT(box);
+	c->duser = c->dbox->duser;
+	c->deadline = dovetail_capture_deadline(c->duser);
+	c->view = mail_index_view_open(box->index);
+
+	c->change.kind = DOVETAIL_CHANGE_MAILBOX;
+	c->change.user = c->duser->user->username;
+	if (dovetail_mailbox_get_guid(box, mailbox->guid) < 0) {
+		capture_fail(c, "Cannot get mailbox GUID: %s",
+			mailbox_get_last_internal_error(box, NULL));
+		return -1;
+	}
+	mailbox->name = dovetail_name_to_path(mailbox_get_namespace(box),
+					      box->vname);
+	mailbox->uid_validity = mail_index_get_header(c->view)->uid_validity;
+	mailbox->highest_modseq = mail_index_modseq_get_highest(c->view);
+	return 0;
+}
+
+static void capture_init_buffers(struct capture *c)
+{
+	if (c->ops != NULL)
+		return;
+	c->ops = buffer_create_dynamic(default_pool, 8192);
+	c->body = buffer_create_dynamic(default_pool, 8192);
+	c->encoded = buffer_create_dynamic(default_pool, 8192);
+}
+
+static int capture_send_encoded(struct capture *c)
+{
+	const char *error;
+
+	if (dovetail_queue_client_send(c->duser->client, &c->dbox->batch,
+				       dovetail_capture_level(c->duser),
+				       c->encoded,
+				       c->deadline, &error) < 0) {
+		capture_fail(c, "%s", error);
+		return -1;
+	}
+	c->sent_count++;
+	return 0;
+}
+
+/* Send the ops so far as the change up to c->change's to. */
+static int capture_flush(struct capture *c)
+{
+	struct dovetail_change_mailbox *mailbox = &c->change.u.mailbox;
+
+	buffer_set_used_size(c->encoded, 0);
+	dovetail_change_encode(c->encoded, &c->change);
+	buffer_append_buf(c->encoded, c->ops, 0, SIZE_MAX);
+	buffer_set_used_size(c->ops, 0);
+	if (c->encoded->used > DOVETAIL_CHANGE_MAX_SIZE) {
+		capture_fail(c, "Change has %zu bytes, "
+			"more than %u", c->encoded->used,
+			DOVETAIL_CHANGE_MAX_SIZE);
+		return -1;
+	}
+	if (capture_send_encoded(c) < 0)
+		return -1;
+	mailbox->from = mailbox->to;
+	return 0;
+}
+
+/* ---- a message ---- */
+
+static int capture_open_reader(struct capture *c)
+{
+	const char *error;
+
+	if (c->mail != NULL)
+		return 0;
+	c->reader = dovetail_mailbox_open_internal(c->box, &error);
+	if (c->reader == NULL) {
+		capture_fail(c, "%s", error);
+		return -1;
+	}
+	c->reader_trans = mailbox_transaction_begin(c->reader, 0, __func__);
+	c->mail = mail_alloc(c->reader_trans, 0, NULL);
+	return 0;
+}
+
+static int capture_spool_chunk(struct capture *c, const uint8_t *spool_id,
+			       uint64_t offset, const void *data, size_t size)
+{
+	struct dovetail_change change;
+
+	i_zero(&change);
+	change.kind = DOVETAIL_CHANGE_SPOOL;
+	change.user = c->change.user;
+	memcpy(change.u.spool.id, spool_id, DOVETAIL_SPOOL_ID_SIZE);
+	change.u.spool.offset = offset;
+	change.u.spool.data = data;
+	change.u.spool.size = size;
+	buffer_set_used_size(c->encoded, 0);
+	dovetail_change_encode(c->encoded, &change);
+	return capture_send_encoded(c);
+}
+
+/* Read the message's body into c->body, or, when it is large, send it ahead in
+   chunks. Returns 1: done.  0: deferred.  -1: failed (c->error, or the mail is
+   gone). */
+static int capture_body(struct capture *c, struct dovetail_op_append *append)
+{
+	struct istream *input;
+	const unsigned char *data;
+	size_t size, chunk;
+	uint64_t offset = 0;
+	int ret;
+
+	if (mail_get_stream(c->mail, NULL, NULL, &input) < 0)
+		return -1;
+	buffer_set_used_size(c->body, 0);
+	append->source = DOVETAIL_BODY_INLINE;
+	while ((ret = i_stream_read_more(input, &data, &size)) > 0) {
+		chunk = I_MIN(size, DOVETAIL_SPOOL_CHUNK_SIZE - c->body->used);
+		buffer_append(c->body, data, chunk);
+		i_stream_skip(input, chunk);
+		if (c->body->used <= DOVETAIL_BODY_INLINE_MAX_SIZE)
+			continue;
+		if (append->source == DOVETAIL_BODY_INLINE) {
+			if (dovetail_capture_level(c->duser) ==
+			    DOVETAIL_ACK_LOCAL) {
+				c->deferred = TRUE;
+				return 0;
+			}
+			append->source = DOVETAIL_BODY_SPOOL;
+			random_fill(append->spool_id, sizeof(append->spool_id));
+		}
+		if (c->body->used < DOVETAIL_SPOOL_CHUNK_SIZE)
+			continue;
+		if (capture_spool_chunk(c, append->spool_id, offset,
+					c->body->data, c->body->used) < 0)
+			return -1;
+		offset += c->body->used;
+		buffer_set_used_size(c->body, 0);
+	}
+	if (input->stream_errno != 0) {
+		capture_fail(c, "read(%s) failed: %s",
+					   i_stream_get_name(input),
+					   i_stream_get_error(input));
+		return -1;
+	}
+	append->size = offset + c->body->used;
+	if (append->source == DOVETAIL_BODY_INLINE)
+		append->body = c->body->data;
+	else if (c->body->used > 0 &&
+		 capture_spool_chunk(c, append->spool_id, offset,
+				     c->body->data, c->body->used) < 0)
+		return -1;
+	return 1;
+}
+
+static const struct dovetail_copy_hint *
+capture_find_hint(struct capture *c, uint32_t uid)
+{
+	const struct dovetail_copy_hint *hint;
+
+	if (!array_is_created(&c->dbox->hints))
+		return NULL;
+	array_foreach(&c->dbox->hints, hint) {
+		if (hint->uid == uid)
+			return hint;
+	}
+	return NULL;
+}
+
+static int capture_metadata(struct capture *c, struct dovetail_op_append *append)
+{
+	struct mail *mail = c->mail;
+	const char *value;
+	uoff_t size;
+
+	append->flags = mail_get_flags(mail) & DOVETAIL_FLAGS_MASK;
+	append->keywords = mail_get_keywords(mail);
+	if (mail_get_special(mail, MAIL_FETCH_GUID, &append->guid) < 0 ||
+	    mail_get_received_date(mail, &append->received_date) < 0 ||
+	    mail_get_save_date(mail, &append->save_date) < 0 ||
+	    mail_get_special(mail, MAIL_FETCH_UIDL_BACKEND,
+			     &append->pop3_uidl) < 0 ||
+	    mail_get_special(mail, MAIL_FETCH_POP3_ORDER, &value) < 0 ||
+	    mail_get_physical_size(mail, &size) < 0)
+		return -1;
+	if (append->pop3_uidl == NULL)
+		append->pop3_uidl = "";
+	if (value == NULL || str_to_uint32(value, &append->pop3_order) < 0)
+		append->pop3_order = 0;
+	append->size = size;
+	return 0;
+}
+
+/* Add the message to the change. Returns 1: done, or it is gone.  0: deferred.
+   -1: failed. */
+static int capture_message_real(struct capture *c, uint32_t uid)
+{
+	const struct dovetail_copy_hint *hint;
+	struct dovetail_op op;
+	int ret;
+
+	if (capture_open_reader(c) < 0)
+		return -1;
+	if (!mail_set_uid(c->mail, uid))
+		return 1;
+
+	i_zero(&op);
+	op.type = DOVETAIL_OP_APPEND;
+	op.append.uid = uid;
+	if ((ret = capture_metadata(c, &op.append)) == 0) {
+		hint = capture_find_hint(c, uid);
+		if (hint != NULL) {
+			op.append.source = DOVETAIL_BODY_COPY;
+			guid_128_copy(op.append.copy_mailbox_guid,
+				      hint->src_mailbox_guid);
+			op.append.copy_uid = hint->src_uid;
+			ret = 1;
+		} else {
+			ret = capture_body(c, &op.append);
+		}
+	}
+	if (ret > 0)
+		dovetail_op_encode(c->ops, &op);
+	if (ret < 0 && c->error == NULL) {
+		if (c->mail->expunged)
+			return 1;
+		capture_fail(c, "Cannot read UID %u: %s", uid,
+			mailbox_get_last_internal_error(c->reader, NULL));
+	}
+	return ret;
+}
+
+static int capture_message(struct capture *c, uint32_t uid)
+{
+	int ret;
+
+	T_BEGIN {
+		ret = capture_message_real(c, uid);
+	} T_END;
+	return ret;
+}
+
+/* ---- the log ---- */
+
+static bool capture_is_change(const struct mail_transaction_header *hdr)
+{
+	switch (hdr->type & MAIL_TRANSACTION_TYPE_MASK) {
+	case MAIL_TRANSACTION_APPEND:
+	case MAIL_TRANSACTION_FLAG_UPDATE:
+	case MAIL_TRANSACTION_KEYWORD_UPDATE:
+	case MAIL_TRANSACTION_KEYWORD_RESET:
+		return TRUE;
+	case MAIL_TRANSACTION_EXPUNGE:
+	case MAIL_TRANSACTION_EXPUNGE | MAIL_TRANSACTION_EXPUNGE_PROT:
+	case MAIL_TRANSACTION_EXPUNGE_GUID:
+	case MAIL_TRANSACTION_EXPUNGE_GUID | MAIL_TRANSACTION_EXPUNGE_PROT:
+		/* without EXTERNAL it is a wish, not a fact */
+		return (hdr->type & MAIL_TRANSACTION_EXTERNAL) != 0;
+	}
+	return FALSE;
+}
+
+static void capture_op(struct capture *c, struct dovetail_op *op,
+		       enum dovetail_op_type type)
+{
+	op->type = type;
+	if (array_count(&op->uids) > 0)
+		dovetail_op_encode(c->ops, op);
+	array_clear(&op->uids);
+}
+
+/* One record can be many messages. A part of it goes out without claiming a
+   place in the log (to is from): only the change with its end does. */
+static int capture_append(struct capture *c,
+			  const struct mail_transaction_header *hdr,
+			  const void *data)
+{
+	struct dovetail_change_mailbox *mailbox = &c->change.u.mailbox;
+	const struct mail_index_record *rec = data, *end;
+	int ret;
+
+	end = CONST_PTR_OFFSET(data, hdr->size);
+	for (; rec < end; rec++) {
+		if (c->ops->used > DOVETAIL_CHANGE_SPLIT_SIZE) {
+			mailbox->to = mailbox->from;
+			if (capture_flush(c) < 0)
+				return -1;
+		}
+		if ((ret = capture_message(c, rec->uid)) <= 0)
+			return ret;
+	}
+	return 1;
+}
+
+static void capture_flags(struct capture *c,
+			  const struct mail_transaction_header *hdr,
+			  const void *data, struct dovetail_op *op)
+{
+	const struct mail_transaction_flag_update *rec = data, *end;
+	uint8_t add, remove;
+
+	end = CONST_PTR_OFFSET(data, hdr->size);
+	for (; rec < end; rec++) {
+		add = rec->add_flags & DOVETAIL_FLAGS_MASK;
+		remove = rec->remove_flags & DOVETAIL_FLAGS_MASK;
+		if (add == 0 && remove == 0)
+			continue;
+		if (add != op->add_flags || remove != op->remove_flags)
+			capture_op(c, op, DOVETAIL_OP_FLAGS);
+		op->add_flags = add;
+		op->remove_flags = remove;
+		seq_range_array_add_range(&op->uids, rec->uid1, rec->uid2);
+	}
+	capture_op(c, op, DOVETAIL_OP_FLAGS);
+}
+
+static void capture_keyword(struct capture *c,
+			    const struct mail_transaction_header *hdr,
+			    const void *data, struct dovetail_op *op)
+{
+	const struct mail_transaction_keyword_update *rec = data;
+	unsigned int offset = sizeof(*rec) + rec->name_size;
+	const uint32_t *uid, *end;
+
+	if ((offset % 4) != 0)
+		offset += 4 - (offset % 4);
+	uid = CONST_PTR_OFFSET(data, offset);
+	end = CONST_PTR_OFFSET(data, hdr->size);
+	for (; uid + 1 < end; uid += 2)
+		seq_range_array_add_range(&op->uids, uid[0], uid[1]);
+	op->keyword = t_strndup(rec + 1, rec->name_size);
+	capture_op(c, op, rec->modify_type == MODIFY_ADD ?
+		   DOVETAIL_OP_KEYWORD_ADD : DOVETAIL_OP_KEYWORD_REMOVE);
+}
+
+/* Returns 1, 0 when deferred, -1 when failed. */
+static int capture_record(struct capture *c,
+			  const struct mail_transaction_header *hdr,
+			  const void *data)
+{
+	const struct mail_transaction_keyword_reset *reset;
+	const struct mail_transaction_expunge *expunge;
+	const struct mail_transaction_expunge_guid *expunge_guid;
+	const void *end = CONST_PTR_OFFSET(data, hdr->size);
+	struct dovetail_op op;
+
+	i_zero(&op);
+	t_array_init(&op.uids, 32);
+	switch (hdr->type & MAIL_TRANSACTION_TYPE_MASK) {
+	case MAIL_TRANSACTION_APPEND:
+		return capture_append(c, hdr, data);
+	case MAIL_TRANSACTION_FLAG_UPDATE:
+		capture_flags(c, hdr, data, &op);
+		break;
+	case MAIL_TRANSACTION_KEYWORD_UPDATE:
+		capture_keyword(c, hdr, data, &op);
+		break;
+	case MAIL_TRANSACTION_KEYWORD_RESET:
+		for (reset = data; (const void *)reset < end; reset++) {
+			seq_range_array_add_range(&op.uids, reset->uid1,
+						  reset->uid2);
+		}
+		capture_op(c, &op, DOVETAIL_OP_KEYWORD_RESET);
+		break;
+	case MAIL_TRANSACTION_EXPUNGE:
+	case MAIL_TRANSACTION_EXPUNGE | MAIL_TRANSACTION_EXPUNGE_PROT:
+		for (expunge = data; (const void *)expunge < end; expunge++) {
+			seq_range_array_add_range(&op.uids, expunge->uid1,
+						  expunge->uid2);
+		}
+		capture_op(c, &op, DOVETAIL_OP_EXPUNGE);
+		break;
+	default:
+		for (expunge_guid = data; (const void *)expunge_guid < end;
+		     expunge_guid++)
+			seq_range_array_add(&op.uids, expunge_guid->uid);
+		capture_op(c, &op, DOVETAIL_OP_EXPUNGE);
+		break;
+	}
+	return 1;
+}
+
+static int
+capture_records(struct capture *c, struct mail_transaction_log_view *lv)
+{
+	struct dovetail_change_mailbox *mailbox = &c->change.u.mailbox;
+	const struct mail_transaction_header *hdr;
+	struct dovetail_log_pos pos = mailbox->from, known;
+	const void *data;
+	const char *error;
+	uoff_t offset;
+	bool asked = FALSE;
+	int ret, ret2;
+
+	while ((ret = mail_transaction_log_view_next(lv, &hdr, &data)) > 0) {
+		if (!capture_is_change(hdr))
+			continue;
+		mail_transaction_log_view_get_prev_pos(lv, &pos.file_seq,
+						       &offset);
+		pos.file_offset = offset;
+		if (!asked && dovetail_log_pos_cmp(&pos, &c->dbox->seen) < 0) {
+			/* Somebody else's record: they may have queued it. */
+			asked = TRUE;
+			if (dovetail_queue_client_position(c->duser->client,
+					mailbox->guid, pos.index_id,
+					c->deadline, &known, &error) > 0 &&
+			    dovetail_log_pos_cmp(&known, &mailbox->from) > 0)
+				mailbox->from = known;
+		}
+		if (dovetail_log_pos_cmp(&pos, &mailbox->from) < 0)
+			continue;
+		capture_init_buffers(c);
+		if (c->ops->used > DOVETAIL_CHANGE_SPLIT_SIZE) {
+			mailbox->to = pos;
+			if (capture_flush(c) < 0)
+				return -1;
+		}
+		T_BEGIN {
+			ret2 = capture_record(c, hdr, data);
+		} T_END;
+		if (ret2 <= 0)
+			return ret2;
+	}
+	if (ret < 0) {
+		capture_fail(c, "Cannot read the log of the index: %s",
+					   dovetail_index_error(c->box->index));
+	}
+	return ret < 0 ? -1 : 1;
+}
+
+/* Queue the log from position to end. Returns 1: all sent (or nothing was to
+   send); *sent_r: everything before it.  0: the log does not reach back to the
+   position.  -1: failed. */
+static int capture_log(struct capture *c, const struct dovetail_log_pos *from,
+		       const struct dovetail_log_pos *end,
+		       struct dovetail_log_pos *sent_r)
+{
+	struct dovetail_change_mailbox *mailbox = &c->change.u.mailbox;
+	struct mail_transaction_log_view *lv;
+	const char *reason;
+	bool reset;
+	int ret;
+
+	mailbox->from = *from;
+	lv = mail_transaction_log_view_open(c->box->index->log);
+	ret = mail_transaction_log_view_set(lv, from->file_seq,
+					    from->file_offset, end->file_seq,
+					    end->file_offset, &reset, &reason);
+	if (ret > 0 && reset)
+		ret = 0;
+	else if (ret < 0)
+		capture_fail(c, "%s", reason);
+	if (ret > 0)
+		ret = capture_records(c, lv);
+	else if (ret == 0) {
+		mail_transaction_log_view_close(&lv);
+		return 0;
+	}
+	mail_transaction_log_view_close(&lv);
+	if (ret < 0)
+		return -1;
+
+	if ((c->ops != NULL && c->ops->used > 0) ||
+	    from->file_seq != end->file_seq ||
+	    end->file_offset - from->file_offset > CAPTURE_SKIP_SIZE) {
+		capture_init_buffers(c);
+		if (c->deferred)
+			mailbox->to = mailbox->from;
+		else {
+			mailbox->to = *end;
+			mailbox->uid_next =
+				mail_index_get_header(c->view)->next_uid;
+		}
+		if (capture_flush(c) < 0)
+			return -1;
+	}
+	if (!c->deferred)
+		*sent_r = *end;
+	else
+		*sent_r = mailbox->from;
+	return 1;
+}
+
+/* ---- snapshots ---- */
+
+/* The ops for the messages 1..seq2: which exist, and their flags. */
+static void capture_snapshot_state(struct capture *c, uint32_t seq2)
+{
+	const ARRAY_TYPE(keywords) *names =
+		mail_index_get_keywords(c->box->index);
+	unsigned int i, name_count = array_count(names);
+	ARRAY_TYPE(seq_range) by_flags[DOVETAIL_FLAGS_MASK + 1];
+	ARRAY_TYPE(seq_range) *by_keyword;
+	ARRAY_TYPE(keyword_indexes) kw_indexes;
+	const struct mail_index_record *rec;
+	struct dovetail_op op;
+	const unsigned int *idx;
+	uint32_t seq;
+
+	i_zero(&op);
+	t_array_init(&op.uids, 128);
+	for (i = 0; i < N_ELEMENTS(by_flags); i++)
+		t_array_init(&by_flags[i], 8);
+	by_keyword = t_new(ARRAY_TYPE(seq_range), I_MAX(name_count, 1));
+	for (i = 0; i < name_count; i++)
+		t_array_init(&by_keyword[i], 8);
+	t_array_init(&kw_indexes, 32);
+
+	for (seq = 1; seq <= seq2; seq++) {
+		rec = mail_index_lookup(c->view, seq);
+		seq_range_array_add(&op.uids, rec->uid);
+		if ((rec->flags & DOVETAIL_FLAGS_MASK) != 0) {
+			seq_range_array_add(
+				&by_flags[rec->flags & DOVETAIL_FLAGS_MASK],
+				rec->uid);
+		}
+		mail_index_lookup_keywords(c->view, seq, &kw_indexes);
+		array_foreach(&kw_indexes, idx) {
+			if (*idx < name_count)
+				seq_range_array_add(&by_keyword[*idx], rec->uid);
+		}
+	}
+	op.type = DOVETAIL_OP_EXISTS;
+	dovetail_op_encode(c->ops, &op);
+	for (i = 1; i < N_ELEMENTS(by_flags); i++) {
+		op.add_flags = i;
+		op.remove_flags = (DOVETAIL_FLAGS_MASK & ~i);
+		op.uids = by_flags[i];
+		capture_op(c, &op, DOVETAIL_OP_FLAGS);
+	}
+	for (i = 0; i < name_count; i++) {
+		op.keyword = array_idx_elem(names, i);
+		op.uids = by_keyword[i];
+		capture_op(c, &op, DOVETAIL_OP_KEYWORD_ADD);
+	}
+}
+
+/* Send the mailbox as it is, with the messages from uid_next on. */
+static int capture_snapshot(struct capture *c, uint32_t uid_next,
+			    struct dovetail_log_pos *sent_r)
+{
+	struct dovetail_change_mailbox *mailbox = &c->change.u.mailbox;
+	uint32_t uid, seq, seq1, seq2, count;
+	int ret = 1;
+
+	capture_init_buffers(c);
+	buffer_set_used_size(c->ops, 0);
+	mailbox->flags = DOVETAIL_MAILBOX_SNAPSHOT;
+	mailbox->uid_next = mail_index_get_header(c->view)->next_uid;
+	i_zero(&mailbox->from);
+	mailbox->to.index_id = c->box->index->indexid;
+	mailbox->to.file_seq = c->view->log_file_head_seq;
+	mailbox->to.file_offset = c->view->log_file_head_offset;
+
+	count = mail_index_view_get_messages_count(c->view);
+	if (!mail_index_lookup_seq_range(c->view, uid_next, (uint32_t)-1,
+					 &seq1, &seq2))
+		seq1 = count + 1;
+	T_BEGIN {
+		capture_snapshot_state(c, seq1 - 1);
+	} T_END;
+	for (seq = seq1; seq <= count && ret > 0; seq++) {
+		if (seq > seq1 && c->ops->used > CAPTURE_SNAPSHOT_SIZE) {
+			mailbox->flags |= DOVETAIL_MAILBOX_MORE;
+			break;
+		}
+		mail_index_lookup_uid(c->view, seq, &uid);
+		ret = capture_message(c, uid);
+	}
+	if (ret < 0)
+		return -1;
+	if (ret == 0)
+		mailbox->flags |= DOVETAIL_MAILBOX_MORE;
+	*sent_r = mailbox->to;
+	return capture_flush(c) < 0 ? -1 : 1;
+}
+
+/* ---- the trigger ---- */
+
+/* The answers are in: write the position, or have the user swept. */
+static void capture_settle(struct mailbox *box, int ret)
+{
+	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
+	struct dovetail_user *duser = dbox->duser;
+	const char *error;
+
+	if (ret > 0 && !box->deleting &&
+	    dovetail_position_set_queued(box, &dbox->sent, &error) < 0) {
+		/* the queue drops what comes again */
+		e_error(duser->event, "Mailbox %s: Cannot write the queued "
+			"position: %s", box->vname, error);
+		ret = -1;
+	}
+	if (ret < 0) {
+		i_zero(&dbox->sent);
+		duser->unclean = TRUE;
+		dovetail_queue_client_sweep(duser->client,
+					    duser->user->username);
+	}
+	dbox->unconfirmed = FALSE;
+	i_zero(&dbox->batch);
+}
+
+static void capture_settle_earlier(struct mailbox *box)
+{
+	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
+	const char *error;
+	int ret;
+
+	if (!dbox->unconfirmed)
+		return;
+	ret = dovetail_queue_client_wait(dbox->duser->client, &dbox->batch, 0,
+					 &error);
+	if (ret != 0)
+		capture_settle(box, ret);
+}
+
+static void capture_finish(struct capture *c, int ret,
+			   const struct dovetail_log_pos *sent)
+{
+	struct dovetail_mailbox *dbox = c->dbox;
+	struct dovetail_user *duser = c->duser;
+
+	if (ret < 0) {
+		dovetail_queue_client_note(duser->client, duser->event,
+			t_strdup_printf("Mailbox %s: %s", c->box->vname,
+					c->error));
+		dovetail_queue_client_cancel(duser->client, &dbox->batch);
+		capture_settle(c->box, -1);
+		return;
+	}
+	if (c->sent_count > 0) {
+		dbox->sent = *sent;
+		dbox->unconfirmed = TRUE;
+		ret = dovetail_capture_wait(duser, &dbox->batch, c->deadline);
+		if (ret != 0)
+			capture_settle(c->box, ret);
+	}
+	if (c->deferred) {
+		duser->unclean = TRUE;
+		dovetail_queue_client_sweep(duser->client,
+					    duser->user->username);
+	}
+}
+
+static bool capture_wanted(struct mailbox *box)
+{
+	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
+
+	return dbox != NULL && !dbox->internal && !dbox->capturing &&
+		dbox->duser->primary && box->opened && box->index != NULL &&
+		!box->deleting && !mail_index_is_deleted(box->index) &&
+		!MAIL_INDEX_IS_IN_MEMORY(box->index);
+}
+
+static void capture_run(struct mailbox *box, enum dovetail_capture_trigger trigger)
+{
+	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
+	struct dovetail_position pos;
+	struct dovetail_log_pos end, sent;
+	struct capture c;
+	bool have_pos;
+	int ret;
+
+	capture_settle_earlier(box);
+
+	(void)mail_index_refresh(box->index);
+	if (capture_init(&c, box) < 0) {
+		capture_finish(&c, -1, NULL);
+		capture_deinit(&c);
+		return;
+	}
+	end.index_id = box->index->indexid;
+	end.file_seq = c.view->log_file_head_seq;
+	end.file_offset = c.view->log_file_head_offset;
+	if (trigger == DOVETAIL_CAPTURE_SYNC ||
+	    dbox->seen.index_id != end.index_id)
+		dbox->seen = end;
+
+	have_pos = dovetail_position_get_view(box->index, c.view, &pos) &&
+		pos.queued.index_id == end.index_id &&
+		dovetail_log_pos_cmp(&pos.queued, &end) <= 0;
+	if (have_pos && dbox->sent.index_id == end.index_id &&
+	    dovetail_log_pos_cmp(&pos.queued, &dbox->sent) < 0 &&
+	    dovetail_log_pos_cmp(&dbox->sent, &end) <= 0)
+		pos.queued = dbox->sent;
+
+	if (!have_pos)
+		ret = 0;
+	else if (dovetail_log_pos_cmp(&pos.queued, &end) == 0) {
+		ret = 1;
+		sent = end;
+	} else
+		ret = capture_log(&c, &pos.queued, &end, &sent);
+	if (ret == 0)
+		ret = capture_snapshot(&c, 1, &sent);
+	capture_finish(&c, ret, &sent);
+
+	dbox->seen = end;
+	capture_deinit(&c);
+	if (array_is_created(&dbox->hints))
+		array_clear(&dbox->hints);
+}
+
+void dovetail_capture(struct mailbox *box, enum dovetail_capture_trigger trigger)
+{
+	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
+
+	if (!capture_wanted(box))
+		return;
+	/* Whatever goes wrong in here, the caller's error stays the caller's. */
+	mail_storage_last_error_push(box->storage);
+	dbox->capturing = TRUE;
+	T_BEGIN {
+		capture_run(box, trigger);
+	} T_END;
+	dbox->capturing = FALSE;
+	mail_storage_last_error_pop(box->storage);
+}
+
+void dovetail_capture_close(struct mailbox *box)
+{
+	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
+
+	if (dbox == NULL || !dbox->unconfirmed)
+		return;
+	dbox->capturing = TRUE;
+	T_BEGIN {
+		capture_settle_earlier(box);
+		if (dbox->unconfirmed) {
+			/* Not answered yet. The position stays behind until a
+			   sweep finds that all is queued. */
+			dovetail_queue_client_cancel(dbox->duser->client,
+						     &dbox->batch);
+			capture_settle(box, -1);
+		}
+	} T_END;
+	dbox->capturing = FALSE;
+}
+
+void dovetail_capture_copied(struct mailbox_transaction_context *t,
+			     struct mail *src)
+{
+	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(t->box);
+	struct dovetail_mailbox *src_dbox = DOVETAIL_MAILBOX_CONTEXT(src->box);
+	struct dovetail_copy_hint *hint;
+
+	if (dbox == NULL || dbox->internal || !dbox->duser->primary)
+		return;
+	if (!array_is_created(&dbox->copied)) {
+		p_array_init(&dbox->copied, t->box->pool, 16);
+		p_array_init(&dbox->hints, t->box->pool, 16);
+	}
+	hint = array_append_space(&dbox->copied);
+	if (src_dbox != NULL && src_dbox->duser == dbox->duser &&
+	    dovetail_mailbox_get_guid(src->box, hint->src_mailbox_guid) == 0)
+		hint->src_uid = src->uid;
+}
+
+void dovetail_capture_copies_saved(struct dovetail_mailbox *dbox,
+				   const struct mail_transaction_commit_changes *changes)
+{
+	const struct dovetail_copy_hint *copied;
+	struct dovetail_copy_hint *hint;
+	struct seq_range_iter iter;
+	unsigned int n = 0;
+	uint32_t uid;
+
+	if (!array_is_created(&dbox->copied))
+		return;
+	/* Copies and saves are never mixed in one transaction by Dovecot; if
+	   a plugin does, there are no hints and bodies are sent. */
+	if (changes != NULL &&
+	    seq_range_count(&changes->saved_uids) == array_count(&dbox->copied)) {
+		seq_range_array_iter_init(&iter, &changes->saved_uids);
+		array_foreach(&dbox->copied, copied) {
+			if (!seq_range_array_iter_nth(&iter, n++, &uid))
+				break;
+			if (copied->src_uid == 0)
+				continue;
+			hint = array_append_space(&dbox->hints);
+			*hint = *copied;
+			hint->uid = uid;
+		}
+	}
+	array_clear(&dbox->copied);
+}
+
+int dovetail_plugin_capture_snapshot(struct mailbox *box, uint32_t uid_next,
+				     const char **error_r)
+{
+	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
+	struct dovetail_log_pos sent;
+	struct capture c;
+	int ret;
+
+	if (!capture_wanted(box)) {
+		*error_r = "This node is not the user's primary";
+		return -1;
+	}
+	dbox->capturing = TRUE;
+	(void)mail_index_refresh(box->index);
+	if (capture_init(&c, box) < 0)
+		ret = -1;
+	else
+		ret = capture_snapshot(&c, uid_next, &sent);
+	if (ret < 0)
+		*error_r = t_strdup(c.error);
+	capture_finish(&c, ret, &sent);
+	capture_deinit(&c);
+	dbox->capturing = FALSE;
+	return ret < 0 ? -1 : 0;
+}

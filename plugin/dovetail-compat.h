@@ -1,0 +1,171 @@
+#ifndef DOVETAIL_COMPAT_H
+#define DOVETAIL_COMPAT_H
+
+/* What differs between Dovecot releases: resolved here, once, and nowhere
+   else. Each section needs the Dovecot headers it names, included before. */
+
+#ifdef MAIL_INDEX_H
+/* ---- an index: mail-index.h ---- */
+
+/* What went wrong with the index last. */
+static inline const char *dovetail_index_error(struct mail_index *index)
+{
+	return mail_index_get_error_message(index);
+}
+#endif
+
+#ifdef MAIL_USER_H
+/* ---- a user: mail-user.h ---- */
+
+/* dovetail_settings_get_t with a struct mail_user as context: the settings with
+   what the userdb said about this user. */
+static inline const char *
+dovetail_compat_user_setting(void *context, const char *name)
+{
+	return mail_user_plugin_getenv(context, name);
+}
+#endif
+
+#ifdef DOVEADM_H
+/* ---- doveadm: doveadm.h ---- */
+
+/* dovetail_settings_get_t for commands that are not about a user. */
+static inline const char *
+dovetail_compat_doveadm_setting(void *context ATTR_UNUSED, const char *name)
+{
+	return doveadm_plugin_getenv(name);
+}
+
+#ifdef DOVEADM_MAIL_H
+/* The parameters of a per-user command's v.init. */
+#define DOVETAIL_COMPAT_MAIL_CMD_INIT_ARGS \
+	struct doveadm_mail_cmd_context *ctx ATTR_UNUSED, \
+	const char *const args[] ATTR_UNUSED
+
+/* A per-user command's positional arguments, NULL-terminated. They are an array
+   parameter called name, or anything at all inside "doveadm batch". */
+static inline const char *const *
+dovetail_compat_mail_cmd_args(struct doveadm_mail_cmd_context *ctx,
+			      const char *name ATTR_UNUSED)
+{
+	return ctx->args;
+}
+#endif
+#endif
+
+#ifdef MASTER_SERVICE_SETTINGS_H
+/* ---- a service of ours: master-service.h, master-service-settings.h,
+   settings-parser.h ---- */
+
+/* Flags for a permanent service: the master does not end it for being idle. */
+#define DOVETAIL_COMPAT_SERVICE_FLAGS \
+	(MASTER_SERVICE_FLAG_NO_IDLE_DIE | \
+	 MASTER_SERVICE_FLAG_KEEP_CONFIG_OPEN | \
+	 MASTER_SERVICE_FLAG_DISABLE_SSL_SET)
+
+#ifdef SETTINGS_PARSER_H
+struct dovetail_compat_service_settings {
+	/* plugin { }: name, value, name, value, ... */
+	ARRAY(const char *) plugin_envs;
+};
+/* an own root for a setting of Dovecot's master */
+struct dovetail_compat_master_settings {
+	const char *default_internal_user;
+};
+
+struct dovetail_compat_service {
+	const char *base_dir;
+	/* whom to become when the administrator says user = root */
+	const char *default_internal_user;
+	const struct dovetail_compat_service_settings *set;
+};
+
+/* Read Dovecot's configuration as the service name sees it. Call as root, once,
+   after master_service_init(). Strings live as long as the service's settings.
+   Returns 0, or -1 and error_r (data stack). */
+static inline int
+dovetail_compat_service_settings_read(struct master_service *service,
+				      const char *name,
+				      struct dovetail_compat_service *service_r,
+				      const char **error_r)
+{
+	static const struct setting_define defines[] = {
+		{ .type = SET_STRLIST, .key = "plugin",
+		  .offset = offsetof(struct dovetail_compat_service_settings,
+				     plugin_envs) },
+		SETTING_DEFINE_LIST_END
+	};
+	static const struct dovetail_compat_service_settings defaults = {
+		.plugin_envs = ARRAY_INIT
+	};
+	static const struct setting_parser_info info = {
+		.module_name = "mail",
+		.defines = defines,
+		.defaults = &defaults,
+		.type_offset = SIZE_MAX,
+		.struct_size = sizeof(struct dovetail_compat_service_settings),
+		.parent_offset = SIZE_MAX,
+	};
+	static const struct setting_define master_defines[] = {
+		{ .type = SET_STR, .key = "default_internal_user",
+		  .offset = offsetof(struct dovetail_compat_master_settings,
+				     default_internal_user) },
+		SETTING_DEFINE_LIST_END
+	};
+	static const struct dovetail_compat_master_settings master_defaults = {
+		.default_internal_user = "dovecot"
+	};
+	static const struct setting_parser_info master_info = {
+		.module_name = "master",
+		.defines = master_defines,
+		.defaults = &master_defaults,
+		.type_offset = SIZE_MAX,
+		.struct_size = sizeof(struct dovetail_compat_master_settings),
+		.parent_offset = SIZE_MAX,
+	};
+	static const struct setting_parser_info *const roots[] = {
+		&info, &master_info, NULL
+	};
+	static const char *const modules[] = { "master", NULL };
+	struct master_service_settings_input input;
+	struct master_service_settings_output output;
+	const struct dovetail_compat_master_settings *master_set;
+	void **sets;
+
+	i_zero(&input);
+	input.roots = roots;
+	input.module = "mail";
+	input.extra_modules = modules;
+	input.service = name;
+	if (master_service_settings_read(service, &input, &output,
+					 error_r) < 0)
+		return -1;
+	sets = master_service_settings_get_others(service);
+	service_r->set = sets[0];
+	master_set = sets[1];
+	service_r->default_internal_user = master_set->default_internal_user;
+	service_r->base_dir = master_service_settings_get(service)->base_dir;
+	return 0;
+}
+
+/* dovetail_settings_get_t with a struct dovetail_compat_service as context. */
+static inline const char *
+dovetail_compat_service_setting(void *context, const char *name)
+{
+	const struct dovetail_compat_service *service = context;
+	const char *const *envs;
+	unsigned int i, count;
+
+	if (!array_is_created(&service->set->plugin_envs))
+		return NULL;
+	envs = array_get(&service->set->plugin_envs, &count);
+	for (i = 0; i + 1 < count; i += 2) {
+		if (strcmp(envs[i], name) == 0)
+			return envs[i + 1];
+	}
+	return NULL;
+}
+#endif
+#endif
+
+#endif

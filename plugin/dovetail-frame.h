@@ -1,0 +1,101 @@
+#ifndef DOVETAIL_FRAME_H
+#define DOVETAIL_FRAME_H
+
+/* What mail processes, replay workers and doveadm say to dovetail-queue over
+   its unix socket, and what it answers.
+
+   frame := u32 big-endian size of the rest  u8 type  payload
+   payloads use the primitives of dovetail-wire.h.
+
+   A connection starts with HELLO in both directions. Frames of one client are
+   worked on in order; REPLYs come when they are ready, marked with the tag of
+   the frame they answer. */
+
+#include "dovetail-change.h"
+#include "dovetail-wire.h"
+
+#define DOVETAIL_FRAME_VERSION 1
+#define DOVETAIL_FRAME_HEADER_SIZE 5
+/* the largest change, and room for the fields before it */
+#define DOVETAIL_FRAME_MAX_SIZE (DOVETAIL_CHANGE_MAX_SIZE + 1024)
+
+enum dovetail_frame_type {
+	/* --- from a client */
+	/* num DOVETAIL_FRAME_VERSION, num pid, u8 enum dovetail_client_kind,
+	   for a worker: num slot, num slots */
+	DOVETAIL_FRAME_HELLO = 1,
+	/* str user: something of this user's is about to be committed. Until
+	   CLEAN, the user counts as unqueued if the connection ends. No
+	   answer. */
+	DOVETAIL_FRAME_MARK = 2,
+	/* str user: all this process committed for the user has been answered
+	   with OK, and the positions are written. No answer. */
+	DOVETAIL_FRAME_CLEAN = 3,
+	/* str user: the process gave up (timeout, error, too large to wait
+	   for): a worker shall read the user's mailboxes again. No answer. */
+	DOVETAIL_FRAME_SWEEP = 4,
+	/* num tag, u8 enum dovetail_ack_level (0: answer when queued,
+	   1: the same, 2: answer when applied), change bytes to the end.
+	   Answer: REPLY. */
+	DOVETAIL_FRAME_CHANGE = 5,
+	/* num tag, guid mailbox, num index_id: how far is it queued?
+	   Answer: POSITION. */
+	DOVETAIL_FRAME_POSITION_GET = 6,
+	/* num tag, u8 level: would a change reach that ack level now?
+	   Answer: REPLY. */
+	DOVETAIL_FRAME_CHECK = 7,
+	/* num tag. Answer: STATUS. */
+	DOVETAIL_FRAME_STATUS_GET = 8,
+	/* worker: num rows as in DOVETAIL_FRAME_STATUS, one per peer and shard
+	   it reads; they replace this worker's rows before. No answer. */
+	DOVETAIL_FRAME_REPORT = 9,
+	/* worker: str user, u8 ok: the sweep of the user that WORK asked for
+	   is over; not ok: try again later */
+	DOVETAIL_FRAME_SWEPT = 10,
+
+	/* --- from the queue */
+	/* num DOVETAIL_FRAME_VERSION, str node */
+	DOVETAIL_FRAME_WELCOME = 65,
+	/* num tag, u8 enum dovetail_reply, str text ("" for OK) */
+	DOVETAIL_FRAME_REPLY = 66,
+	/* num tag, num file_seq, num file_offset (0 0: not known) */
+	DOVETAIL_FRAME_POSITION = 67,
+	/* num tag, num rows, each: num fields, each: str key, str value.
+	   The keys are those of "doveadm dovetail status". */
+	DOVETAIL_FRAME_STATUS = 68,
+	/* to a worker: str user: sweep this user, then send SWEPT */
+	DOVETAIL_FRAME_WORK = 69,
+};
+
+enum dovetail_client_kind {
+	DOVETAIL_CLIENT_MAIL = 0,
+	DOVETAIL_CLIENT_WORKER = 1,
+	DOVETAIL_CLIENT_ADMIN = 2,
+};
+
+enum dovetail_reply {
+	/* the asked ack level is reached */
+	DOVETAIL_REPLY_OK = 0,
+	/* not queued, and will not be by itself: Redis is away or the queue is
+	   full. The mailbox has it; the user is swept later. */
+	DOVETAIL_REPLY_UNAVAILABLE = 1,
+	/* queued, but the replica could not apply it */
+	DOVETAIL_REPLY_NOT_APPLIED = 2,
+	/* the request makes no sense or is not allowed */
+	DOVETAIL_REPLY_REFUSED = 3,
+};
+
+/* Start a frame at the end of buf; returns the offset to hand to _end(), which
+   fills in the size. */
+size_t dovetail_frame_begin(buffer_t *buf, enum dovetail_frame_type type);
+void dovetail_frame_end(buffer_t *buf, size_t offset);
+
+/* Look for a whole frame at the start of data. Returns 1 and its type and
+   payload (pointing into data) and total size; 0: more bytes are needed;
+   -1: not a frame (error_r, data stack). */
+int dovetail_frame_parse(const unsigned char *data, size_t size,
+			 enum dovetail_frame_type *type_r,
+			 const unsigned char **payload_r, size_t *payload_size_r,
+			 size_t *frame_size_r, const char **error_r);
+
+#endif

@@ -1,0 +1,238 @@
+/* Copyright (c) 2026 dovetail authors, LGPL-2.1-or-later, see COPYING */
+
+/* The mail plugin: wiring only. It sits near the storage (lib95), so it sees what
+   other plugins let through and what is really stored. */
+
+#include "lib.h"
+#include "array.h"
+#include "mail-storage-private.h"
+#include "mail-index-transaction-private.h"
+#include "dovetail-compat.h"
+#include "dovetail-plugin.h"
+#include "dovetail-plugin-init.h"
+#include "dovetail-position.h"
+
+struct dovetail_user_module dovetail_user_module =
+	MODULE_CONTEXT_INIT(&mail_user_module_register);
+struct dovetail_mailbox_module dovetail_mailbox_module =
+	MODULE_CONTEXT_INIT(&mail_storage_module_register);
+
+const char *dovetail_plugin_version = DOVECOT_ABI_VERSION;
+
+/* ---- user ---- */
+
+static void dovetail_user_deinit(struct mail_user *user)
+{
+	struct dovetail_user *duser = DOVETAIL_USER_CONTEXT(user);
+
+	if (duser->primary && !duser->unclean)
+		dovetail_queue_client_clean(duser->client, user->username);
+	if (duser->client != NULL)
+		dovetail_queue_client_unref(&duser->client);
+	event_unref(&duser->event);
+	duser->module_ctx.super.deinit(user);
+}
+
+static void dovetail_mail_user_created(struct mail_user *user)
+{
+	struct mail_user_vfuncs *v = user->vlast;
+	struct dovetail_user *duser;
+	const char *error;
+
+	if (!dovetail_settings_are_set(dovetail_compat_user_setting, user)) {
+		e_debug(user->event, "dovetail: dovetail_node is not set");
+		return;
+	}
+	duser = p_new(user->pool, struct dovetail_user, 1);
+	if (dovetail_settings_parse(user->pool, user->set->base_dir,
+				    dovetail_compat_user_setting, user,
+				    &duser->set, &error) < 0) {
+		/* Reading mail must go on; what is written meanwhile is found
+		   in the mailboxes once the setting is right. */
+		e_error(user->event, "dovetail: Not replicating: %s", error);
+		return;
+	}
+	duser->user = user;
+	duser->event = event_create(user->event);
+	event_set_append_log_prefix(duser->event, "dovetail: ");
+	event_add_str(duser->event, "dovetail_node", duser->set.node);
+	duser->primary = strcmp(duser->set.primary, duser->set.node) == 0;
+	duser->replaying = null_strcmp(user->service,
+				       DOVETAIL_REPLAY_SERVICE) == 0;
+	duser->client = dovetail_queue_client_get(duser->set.queue_socket,
+						  NULL);
+
+	duser->module_ctx.super = *v;
+	user->vlast = &duser->module_ctx.super;
+	v->deinit = dovetail_user_deinit;
+	MODULE_CONTEXT_SET(user, dovetail_user_module, duser);
+}
+
+bool dovetail_plugin_get_role(struct mail_user *user, const char **primary_r,
+			      bool *is_primary_r)
+{
+	struct dovetail_user *duser = DOVETAIL_USER_CONTEXT(user);
+
+	if (duser == NULL)
+		return FALSE;
+	*primary_r = duser->set.primary;
+	*is_primary_r = duser->primary;
+	return TRUE;
+}
+
+/* ---- mailbox ---- */
+
+/* Does the transaction change anything that is replicated? Caches are not. */
+static bool transaction_changes(struct mailbox_transaction_context *t)
+{
+	struct mail_index_transaction *itrans = t->itrans;
+
+	return t->save_count > 0 || itrans->log_updates ||
+		(array_is_created(&itrans->updates) &&
+		 array_count(&itrans->updates) > 0) ||
+		itrans->attribute_updates != NULL;
+}
+
+static int
+dovetail_transaction_commit(struct mailbox_transaction_context *t,
+			    struct mail_transaction_commit_changes *changes_r)
+{
+	struct mailbox *box = t->box;
+	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
+	struct dovetail_user *duser = dbox->duser;
+	int ret;
+
+	if (dbox->internal || !transaction_changes(t)) {
+		return dbox->module_ctx.super.transaction_commit(t, changes_r);
+	}
+	if (dovetail_fence_refuses(box)) {
+		dbox->module_ctx.super.transaction_rollback(t);
+		return -1;
+	}
+	if (duser->primary) {
+		dovetail_queue_client_mark(duser->client,
+					   duser->user->username);
+	}
+	/* t is gone when this returns */
+	ret = dbox->module_ctx.super.transaction_commit(t, changes_r);
+	dovetail_capture_copies_saved(dbox, ret < 0 ? NULL : changes_r);
+	if (ret == 0)
+		dovetail_capture(box, DOVETAIL_CAPTURE_COMMIT);
+	return ret;
+}
+
+static void
+dovetail_transaction_rollback(struct mailbox_transaction_context *t)
+{
+	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(t->box);
+
+	dovetail_capture_copies_saved(dbox, NULL);
+	dbox->module_ctx.super.transaction_rollback(t);
+}
+
+static int dovetail_save_begin(struct mail_save_context *ctx,
+			       struct istream *input)
+{
+	struct mailbox *box = ctx->transaction->box;
+	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
+
+	if (dovetail_fence_refuses(box) || dovetail_fence_unprotected(box))
+		return -1;
+	return dbox->module_ctx.super.save_begin(ctx, input);
+}
+
+static int dovetail_copy(struct mail_save_context *ctx, struct mail *mail)
+{
+	struct mailbox_transaction_context *t = ctx->transaction;
+	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(t->box);
+
+	if (dovetail_fence_refuses(t->box) ||
+	    dovetail_fence_unprotected(t->box))
+		return -1;
+	if (dbox->module_ctx.super.copy(ctx, mail) < 0)
+		return -1;
+	dovetail_capture_copied(t, mail);
+	return 0;
+}
+
+static int dovetail_sync_deinit(struct mailbox_sync_context *ctx,
+				struct mailbox_sync_status *status_r)
+{
+	struct mailbox *box = ctx->box;
+	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
+	int ret;
+
+	ret = dbox->module_ctx.super.sync_deinit(ctx, status_r);
+	dovetail_capture(box, DOVETAIL_CAPTURE_SYNC);
+	return ret;
+}
+
+static void dovetail_mailbox_close(struct mailbox *box)
+{
+	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
+
+	dovetail_capture_close(box);
+	dbox->module_ctx.super.close(box);
+}
+
+/* The user whose mailboxes these are, when they are replicated. */
+static struct dovetail_user *mailbox_get_duser(struct mailbox *box)
+{
+	struct mail_namespace *ns = mailbox_list_get_namespace(box->list);
+
+	if (ns->type != MAIL_NAMESPACE_TYPE_PRIVATE || ns->owner == NULL)
+		return NULL;
+	if (strcmp(box->storage->name, "virtual") == 0 ||
+	    strcmp(box->storage->name, "raw") == 0 ||
+	    (box->storage->class_flags & MAIL_STORAGE_CLASS_FLAG_NOQUOTA) != 0)
+		return NULL;
+	return DOVETAIL_USER_CONTEXT(ns->owner);
+}
+
+static void dovetail_mailbox_allocated(struct mailbox *box)
+{
+	struct mailbox_vfuncs *v = box->vlast;
+	struct dovetail_user *duser = mailbox_get_duser(box);
+	struct dovetail_mailbox *dbox;
+
+	if (duser == NULL)
+		return;
+	dbox = p_new(box->pool, struct dovetail_mailbox, 1);
+	dbox->duser = duser;
+	dbox->module_ctx.super = *v;
+	box->vlast = &dbox->module_ctx.super;
+	v->transaction_commit = dovetail_transaction_commit;
+	v->transaction_rollback = dovetail_transaction_rollback;
+	v->save_begin = dovetail_save_begin;
+	v->copy = dovetail_copy;
+	v->sync_deinit = dovetail_sync_deinit;
+	v->close = dovetail_mailbox_close;
+	dovetail_capture_list_mailbox_allocated(box, v);
+	MODULE_CONTEXT_SET(box, dovetail_mailbox_module, dbox);
+}
+
+static void dovetail_mailbox_opened(struct mailbox *box)
+{
+	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
+
+	if (dbox != NULL && dbox->duser->primary && !dbox->internal &&
+	    box->index != NULL)
+		dovetail_position_log_end(box, &dbox->seen);
+}
+
+static struct mail_storage_hooks dovetail_hooks = {
+	.mail_user_created = dovetail_mail_user_created,
+	.mailbox_allocated = dovetail_mailbox_allocated,
+	.mailbox_opened = dovetail_mailbox_opened,
+	.mail_allocated = dovetail_fence_mail_allocated,
+};
+
+void dovetail_plugin_init(struct module *module)
+{
+	mail_storage_hooks_add(module, &dovetail_hooks);
+}
+
+void dovetail_plugin_deinit(void)
+{
+	mail_storage_hooks_remove(&dovetail_hooks);
+}

@@ -1,0 +1,150 @@
+#ifndef DOVETAIL_PLUGIN_H
+#define DOVETAIL_PLUGIN_H
+
+/* What the parts of the mail plugin share: its context in each Dovecot object.
+   The plugin is capture (dovetail-capture.c), the list's part of it
+   (dovetail-capture-list.c) and the fence (dovetail-fence.c); dovetail-plugin.c
+   wires them to Dovecot's hooks. */
+
+#include "module-context.h"
+#include "mail-storage-private.h"
+#include "mail-storage-hooks.h"
+#include "dovetail-queue-client.h"
+#include "dovetail-settings.h"
+
+#define DOVETAIL_USER_CONTEXT(obj) \
+	MODULE_CONTEXT(obj, dovetail_user_module)
+#define DOVETAIL_MAILBOX_CONTEXT(obj) \
+	MODULE_CONTEXT(obj, dovetail_mailbox_module)
+
+/* The service that replays: it may write where nobody else may. */
+#define DOVETAIL_REPLAY_SERVICE "dovetail-replay"
+
+struct dovetail_user {
+	union mail_user_module_context module_ctx;
+	struct mail_user *user;
+	struct event *event;
+
+	struct dovetail_settings set;
+	struct dovetail_queue_client *client;
+
+	/* this node is the user's primary: changes are captured */
+	bool primary;
+	/* this is the replay service: never fenced, and a capture takes the
+	   time it needs */
+	bool replaying;
+	/* something of this user's was not answered with OK: no CLEAN */
+	bool unclean;
+};
+
+/* A message that was copied here, for whoever captures it. */
+struct dovetail_copy_hint {
+	uint32_t uid;
+	guid_128_t src_mailbox_guid;
+	uint32_t src_uid;
+};
+
+struct dovetail_mailbox {
+	union mailbox_module_context module_ctx;
+	struct dovetail_user *duser;
+
+	/* our own second object of a mailbox: no hook may act on it */
+	bool internal;
+	/* capture is running on this box: a nested hook must not start again */
+	bool capturing;
+	/* the current transaction's copies, in order; see
+	   dovetail_capture_copied() */
+	ARRAY(struct dovetail_copy_hint) copied;
+	ARRAY(struct dovetail_copy_hint) hints;
+
+	bool guid_known;
+	guid_128_t guid;
+
+	/* Records before this were there before our own last commit: somebody
+	   else may have queued them, so ask before sending them again. */
+	struct dovetail_log_pos seen;
+	/* everything before this was handed to the queue by this process ... */
+	struct dovetail_log_pos sent;
+	/* ... but not all of it answered; sent becomes the mailbox's position
+	   when it is. */
+	struct dovetail_queue_batch batch;
+	bool unconfirmed;
+};
+
+extern MODULE_CONTEXT_DEFINE(dovetail_user_module, &mail_user_module_register);
+extern MODULE_CONTEXT_DEFINE(dovetail_mailbox_module,
+			     &mail_storage_module_register);
+
+/* ---- dovetail-capture.c ---- */
+
+enum dovetail_capture_trigger {
+	/* our own transaction was just committed */
+	DOVETAIL_CAPTURE_COMMIT,
+	/* the mailbox was synced: look what others did */
+	DOVETAIL_CAPTURE_SYNC,
+};
+
+/* Queue what the mailbox's log has after the queued position. Never fails for
+   the caller: what cannot be queued now is marked to be swept. Waits for the
+   user's ack level, no longer than the ack timeout.
+   One outcome per write: before the commit nothing was queued; after it the
+   change is queued, or the queued position stays behind and the next capture of
+   this mailbox, by whatever process, finds it. */
+void dovetail_capture(struct mailbox *box, enum dovetail_capture_trigger trigger);
+/* The box is about to close: settle what is outstanding. */
+void dovetail_capture_close(struct mailbox *box);
+/* mail was copied to the box of ctx's transaction. */
+void dovetail_capture_copied(struct mailbox_transaction_context *t,
+			     struct mail *src);
+/* The transaction that copied is committed: match the copies with their UIDs. */
+void dovetail_capture_copies_saved(struct dovetail_mailbox *dbox,
+				   const struct mail_transaction_commit_changes *changes);
+
+/* Open another object of the mailbox, on which our hooks do nothing. Returns
+   NULL and the storage's error when that is not possible. */
+struct mailbox *dovetail_mailbox_open_internal(struct mailbox *box,
+					       const char **error_r);
+/* The mailbox' GUID, read once. Returns 0 or -1. */
+int dovetail_mailbox_get_guid(struct mailbox *box, guid_128_t guid_r);
+/* Wait for a batch at the user's ack level and note how it went. Returns 1: OK.
+   0: outstanding still.  -1: failed. */
+int dovetail_capture_wait(struct dovetail_user *duser,
+			  struct dovetail_queue_batch *batch,
+			  uint64_t deadline);
+uint64_t dovetail_capture_deadline(struct dovetail_user *duser);
+enum dovetail_ack_level dovetail_capture_level(struct dovetail_user *duser);
+
+/* Looked up by the replay service with module_get_symbol(): answer a replica's
+   request. Queue a snapshot of an open mailbox with the messages from uid_next
+   on. Returns 0, or -1 and error_r (data stack). */
+int dovetail_plugin_capture_snapshot(struct mailbox *box, uint32_t uid_next,
+				     const char **error_r);
+/* The same: queue the user's tree. */
+int dovetail_plugin_capture_tree(struct mail_user *user, const char **error_r);
+/* The same: queue the tree and whatever the user's mailboxes have unqueued;
+   snapshots: each mailbox whole, for a replica that knows nothing. Returns 0:
+   all is queued, or -1 and error_r. */
+int dovetail_plugin_sweep(struct mail_user *user, bool snapshots,
+			  const char **error_r);
+/* The same: the user's role here. Returns FALSE when dovetail is not set up for
+   this user. */
+bool dovetail_plugin_get_role(struct mail_user *user, const char **primary_r,
+			      bool *is_primary_r);
+
+/* ---- dovetail-capture-list.c ---- */
+
+void dovetail_capture_list_mailbox_allocated(struct mailbox *box,
+					     struct mailbox_vfuncs *v);
+
+/* ---- dovetail-fence.c ---- */
+
+/* TRUE: writes by this process to the user's mailboxes are refused here; sets the
+   storage's error. */
+bool dovetail_fence_refuses(struct mailbox *box);
+/* TRUE: the ack level is not reachable and the administrator wants refusal. */
+bool dovetail_fence_unprotected(struct mailbox *box);
+/* The mail user reads, and the protocol wants to note that with \Seen: on a
+   fenced node that is dropped, not refused. */
+void dovetail_fence_mail_allocated(struct mail *mail);
+
+#endif

@@ -1,0 +1,221 @@
+/* Copyright (c) 2026 dovetail authors, LGPL-2.1-or-later, see COPYING */
+
+/* One change of a peer's log: whose mailboxes it is about, whether that peer may
+   say so, and who does it. */
+
+#include "lib.h"
+#include "array.h"
+#include "guid.h"
+#include "module-dir.h"
+#include "mail-storage-private.h"
+#include "mail-storage-service.h"
+#include "mail-namespace.h"
+#include "dovetail-plugin.h"
+#include "dovetail-replay.h"
+#include "dovetail-wire.h"
+
+/* The plugin is loaded by Dovecot, as mail_plugins says, when the first user is
+   opened. */
+static struct {
+	int (*snapshot)(struct mailbox *box, uint32_t uid_next,
+			const char **error_r);
+	int (*sweep)(struct mail_user *user, bool snapshots,
+		     const char **error_r);
+	int (*tree)(struct mail_user *user, const char **error_r);
+	bool (*get_role)(struct mail_user *user, const char **primary_r,
+			 bool *is_primary_r);
+} plugin;
+
+static int apply_find_plugin(const char **error_r)
+{
+	struct module *module;
+
+	if (plugin.get_role != NULL)
+		return 0;
+	module = module_dir_find(mail_storage_service_modules, "dovetail");
+	if (module == NULL) {
+		*error_r = "The dovetail plugin is not loaded: add dovetail to "
+			"mail_plugins";
+		return -1;
+	}
+	plugin.snapshot = module_get_symbol(module,
+		"dovetail_plugin_capture_snapshot");
+	plugin.sweep = module_get_symbol(module, "dovetail_plugin_sweep");
+	plugin.tree = module_get_symbol(module,
+		"dovetail_plugin_capture_tree");
+	plugin.get_role = module_get_symbol(module,
+		"dovetail_plugin_get_role");
+	if (plugin.snapshot == NULL || plugin.sweep == NULL ||
+	    plugin.tree == NULL || plugin.get_role == NULL) {
+		plugin.get_role = NULL;
+		*error_r = "The dovetail plugin and dovetail-replay are of "
+			"different versions";
+		return -1;
+	}
+	return 0;
+}
+
+static int apply_get_role(struct replay_user *user, const char **primary_r,
+			  bool *is_primary_r, const char **error_r)
+{
+	if (apply_find_plugin(error_r) < 0)
+		return -1;
+	if (!plugin.get_role(replay_user_mail_user(user), primary_r,
+			     is_primary_r)) {
+		*error_r = "dovetail is not set up for this user";
+		return -1;
+	}
+	return 0;
+}
+
+/* ---- a peer's question ---- */
+
+static int apply_request(struct replay_user *user,
+			 const struct dovetail_change_request *request,
+			 const char **error_r)
+{
+	struct mail_user *mail_user = replay_user_mail_user(user);
+	struct mailbox *box;
+	int ret;
+
+	if (guid_128_is_empty(request->guid))
+		return plugin.sweep(mail_user, TRUE, error_r);
+
+	ret = replay_user_find_mailbox(user, request->guid, request->name, &box,
+				       error_r);
+	if (ret < 0)
+		return -1;
+	if (ret == 0) {
+		/* gone: the asker learns that from the tree */
+		return plugin.tree(mail_user, error_r);
+	}
+	if (mailbox_sync(box, 0) < 0) {
+		*error_r = t_strdup(mailbox_get_last_internal_error(box, NULL));
+		ret = -1;
+	} else {
+		ret = plugin.snapshot(box, I_MAX(request->uid_next, 1),
+				      error_r);
+	}
+	replay_user_forget_mailboxes(user);
+	return ret;
+}
+
+/* ---- dispatch ---- */
+
+static enum replay_result
+apply_to_replica(struct replay_user *user, const char *origin,
+		 const struct dovetail_change *change, const char **error_r)
+{
+	enum replay_result result;
+	guid_128_t all;
+	bool wanted;
+
+	guid_128_empty(all);
+	switch (change->kind) {
+	case DOVETAIL_CHANGE_MAILBOX:
+		wanted = replay_wanted_has(change->user,
+					   change->u.mailbox.guid);
+		return replay_mailbox(user, origin, &change->u.mailbox, wanted,
+				      error_r);
+	case DOVETAIL_CHANGE_LIST:
+		result = replay_list(user, &change->u.list, error_r);
+		break;
+	case DOVETAIL_CHANGE_TREE:
+		result = replay_tree(user, origin, &change->u.tree, error_r);
+		if (result == REPLAY_DONE)
+			replay_wanted_arrived(change->user, all);
+		break;
+	default:
+		return REPLAY_DONE;
+	}
+	if (result != REPLAY_DONE) {
+		replay_user_forget_mailboxes(user);
+		replay_wanted_add(change->user, origin, all, "", 0, *error_r);
+	}
+	return result;
+}
+
+static enum replay_result
+apply_opened(struct replay_user *user, const char *origin,
+	     const struct dovetail_change *change, const char **error_r)
+{
+	const char *primary;
+	bool is_primary;
+
+	if (apply_get_role(user, &primary, &is_primary, error_r) < 0)
+		return REPLAY_FAILED;
+	if (change->kind == DOVETAIL_CHANGE_REQUEST) {
+		/* With several peers, the question is for the primary. */
+		if (!is_primary)
+			return REPLAY_DONE;
+		return apply_request(user, &change->u.request, error_r) < 0 ?
+			REPLAY_FAILED : REPLAY_DONE;
+	}
+	if (strcmp(primary, origin) != 0) {
+		*error_r = t_strdup_printf("Node %s is not the primary of user "
+			"%s, %s is", origin, change->user, primary);
+		return REPLAY_FAILED;
+	}
+	return apply_to_replica(user, origin, change, error_r);
+}
+
+enum replay_result
+replay_apply(const char *origin, const void *data, size_t size,
+	     const char **error_r)
+{
+	struct dovetail_change change;
+	struct replay_user *user;
+	enum replay_result result;
+	guid_128_t all;
+
+	if (dovetail_change_decode(pool_datastack_create(), data, size,
+				   &change, error_r) < 0)
+		return REPLAY_FAILED;
+	switch (change.kind) {
+	case DOVETAIL_CHANGE_HEARTBEAT:
+		return REPLAY_DONE;
+	case DOVETAIL_CHANGE_SPOOL:
+		replay_spool_add(&change.u.spool);
+		return REPLAY_DONE;
+	default:
+		break;
+	}
+
+	if (replay_user_open(change.user, &user, error_r) < 0) {
+		if (change.kind != DOVETAIL_CHANGE_REQUEST) {
+			guid_128_empty(all);
+			replay_wanted_add(change.user, origin, all, "", 0,
+					  *error_r);
+		}
+		return REPLAY_FAILED;
+	}
+	result = apply_opened(user, origin, &change, error_r);
+	replay_user_release(&user);
+	return result;
+}
+
+bool replay_sweep(const char *username)
+{
+	struct replay_user *user;
+	const char *primary, *error;
+	bool is_primary;
+	int ret;
+
+	if (replay_user_open(username, &user, &error) < 0) {
+		e_error(replay.event, "Cannot sweep: %s", error);
+		return FALSE;
+	}
+	ret = apply_get_role(user, &primary, &is_primary, &error);
+	/* Somebody else's user by now: nothing of ours to queue. */
+	if (ret == 0 && is_primary) {
+		ret = plugin.sweep(replay_user_mail_user(user), FALSE,
+				   &error);
+	}
+	if (ret < 0) {
+		e_warning(replay.event, "User %s: Sweep is not complete: %s",
+			  username, error);
+	}
+	/* not kept open: its settings may have become old meanwhile */
+	replay_user_close(&user);
+	return ret == 0;
+}

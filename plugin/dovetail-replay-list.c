@@ -1,0 +1,494 @@
+/* Copyright (c) 2026 dovetail authors, LGPL-2.1-or-later, see COPYING */
+
+/* Apply changes of the list of mailboxes. A mailbox is known by its GUID: a name
+   can be taken by another one meanwhile. Each function finds the work done when
+   it is called again. */
+
+#include "lib.h"
+#include "array.h"
+#include "guid.h"
+#include "mail-storage-private.h"
+#include "mailbox-list-iter.h"
+#include "dovetail-name.h"
+#include "dovetail-position.h"
+#include "dovetail-replay.h"
+
+static struct mailbox *
+list_alloc(struct replay_user *user, const char *path, const char **error_r)
+{
+	struct mail_namespace *ns;
+	const char *vname;
+
+	if (dovetail_name_from_path(replay_user_mail_user(user), path, &ns,
+				    &vname, error_r) < 0)
+		return NULL;
+	return mailbox_alloc(ns->list, vname, MAILBOX_FLAG_IGNORE_ACLS);
+}
+
+/* Find the mailbox by GUID as an object that is not kept open. Returns 1, 0, -1. */
+static int list_find(struct replay_user *user, const guid_128_t guid,
+		     const char *path, struct mailbox **box_r,
+		     const char **error_r)
+{
+	struct mailbox *box;
+	int ret;
+
+	ret = replay_user_find_mailbox(user, guid, path, &box, error_r);
+	if (ret <= 0)
+		return ret;
+	*box_r = mailbox_alloc(box->list, box->vname,
+			       MAILBOX_FLAG_IGNORE_ACLS);
+	replay_user_forget_mailboxes(user);
+	return 1;
+}
+
+/* Free the box; unless ret is 0 or its error is among the harmless ones, tell. */
+static enum replay_result
+list_finish(struct mailbox **box, int ret, enum mail_error harmless,
+	    const char **error_r)
+{
+	enum mail_error mail_error;
+	const char *error;
+
+	if (ret < 0) {
+		error = mailbox_get_last_internal_error(*box, &mail_error);
+		if (mail_error == harmless)
+			ret = 0;
+		else
+			*error_r = t_strdup(error);
+	}
+	mailbox_free(box);
+	return ret < 0 ? REPLAY_FAILED : REPLAY_DONE;
+}
+
+static enum replay_result
+list_create(struct replay_user *user, const guid_128_t guid, const char *path,
+	    uint32_t uid_validity, uint32_t uid_next, const char **error_r)
+{
+	struct mailbox *box;
+	int ret;
+
+	ret = replay_user_find_mailbox(user, guid, path, &box, error_r);
+	if (ret < 0)
+		return REPLAY_FAILED;
+	if (ret > 0)
+		return REPLAY_DONE;
+	ret = replay_mailbox_create(user, guid, path, uid_validity, uid_next,
+				    error_r);
+	if (ret == 0) {
+		*error_r = t_strdup_printf("Another mailbox has the name %s",
+					   path);
+	}
+	return ret < 0 ? REPLAY_FAILED : ret == 0 ? REPLAY_LACKING :
+		REPLAY_DONE;
+}
+
+static enum replay_result
+list_create_dir(struct replay_user *user, const char *path,
+		const char **error_r)
+{
+	struct mailbox *box = list_alloc(user, path, error_r);
+
+	if (box == NULL)
+		return REPLAY_FAILED;
+	return list_finish(&box, mailbox_create(box, NULL, TRUE),
+			   MAIL_ERROR_EXISTS, error_r);
+}
+
+static enum replay_result
+list_delete(struct replay_user *user, const struct dovetail_change_list *change,
+	    const char **error_r)
+{
+	struct mailbox *box;
+	int ret;
+
+	if (guid_128_is_empty(change->guid)) {
+		box = list_alloc(user, change->name, error_r);
+		if (box == NULL)
+			return REPLAY_FAILED;
+	} else {
+		ret = list_find(user, change->guid, change->name, &box,
+				error_r);
+		if (ret <= 0)
+			return ret < 0 ? REPLAY_FAILED : REPLAY_DONE;
+	}
+	replay_user_forget_mailboxes(user);
+	return list_finish(&box, mailbox_delete(box), MAIL_ERROR_NOTFOUND,
+			   error_r);
+}
+
+/* Give box the name. */
+static enum replay_result
+list_rename_to(struct replay_user *user, struct mailbox **box,
+	       const char *new_path, enum mail_error harmless,
+	       const char **error_r)
+{
+	struct mailbox *dest = list_alloc(user, new_path, error_r);
+	enum replay_result result;
+
+	if (dest == NULL) {
+		mailbox_free(box);
+		return REPLAY_FAILED;
+	}
+	if (dest->list == (*box)->list &&
+	    strcmp(dest->vname, (*box)->vname) == 0) {
+		mailbox_free(&dest);
+		mailbox_free(box);
+		return REPLAY_DONE;
+	}
+	result = list_finish(box, mailbox_rename(*box, dest), harmless,
+			     error_r);
+	mailbox_free(&dest);
+	return result;
+}
+
+static enum replay_result
+list_rename(struct replay_user *user, const struct dovetail_change_list *change,
+	    const char **error_r)
+{
+	enum mail_error harmless = MAIL_ERROR_NONE;
+	struct mailbox *box;
+	int ret;
+
+	if (guid_128_is_empty(change->guid)) {
+		box = list_alloc(user, change->name, error_r);
+		if (box == NULL)
+			return REPLAY_FAILED;
+		harmless = MAIL_ERROR_NOTFOUND;
+	} else {
+		ret = list_find(user, change->guid, change->name, &box,
+				error_r);
+		if (ret < 0)
+			return REPLAY_FAILED;
+		if (ret == 0) {
+			*error_r = t_strdup_printf(
+				"The mailbox %s to rename is not here",
+				change->name);
+			return REPLAY_LACKING;
+		}
+	}
+	replay_user_forget_mailboxes(user);
+	return list_rename_to(user, &box, change->new_name, harmless, error_r);
+}
+
+static enum replay_result
+list_subscribe(struct replay_user *user, const char *path, bool set,
+	       const char **error_r)
+{
+	struct mailbox *box = list_alloc(user, path, error_r);
+
+	if (box == NULL)
+		return REPLAY_FAILED;
+	return list_finish(&box, mailbox_set_subscribed(box, set),
+			   MAIL_ERROR_NONE, error_r);
+}
+
+static enum replay_result
+list_update(struct replay_user *user, const struct dovetail_change_list *change,
+	    const char **error_r)
+{
+	struct mailbox_update update;
+	struct mailbox *box;
+	int ret;
+
+	box = list_alloc(user, change->name, error_r);
+	if (box == NULL)
+		return REPLAY_FAILED;
+	replay_user_forget_mailboxes(user);
+	i_zero(&update);
+	guid_128_copy(update.mailbox_guid, change->guid);
+	update.uid_validity = change->uid_validity;
+	update.min_next_uid = change->uid_next;
+	ret = mailbox_open(box) < 0 ? -1 : mailbox_update(box, &update);
+	return list_finish(&box, ret, MAIL_ERROR_NONE, error_r);
+}
+
+enum replay_result
+replay_list(struct replay_user *user, const struct dovetail_change_list *change,
+	    const char **error_r)
+{
+	switch (change->action) {
+	case DOVETAIL_LIST_CREATE:
+		return list_create(user, change->guid, change->name,
+				   change->uid_validity, change->uid_next,
+				   error_r);
+	case DOVETAIL_LIST_CREATE_DIR:
+		return list_create_dir(user, change->name, error_r);
+	case DOVETAIL_LIST_DELETE:
+		return list_delete(user, change, error_r);
+	case DOVETAIL_LIST_RENAME:
+		return list_rename(user, change, error_r);
+	case DOVETAIL_LIST_SUBSCRIBE:
+		return list_subscribe(user, change->name, TRUE, error_r);
+	case DOVETAIL_LIST_UNSUBSCRIBE:
+		return list_subscribe(user, change->name, FALSE, error_r);
+	case DOVETAIL_LIST_UPDATE:
+		return list_update(user, change, error_r);
+	}
+	*error_r = "Unknown list action";
+	return REPLAY_FAILED;
+}
+
+/* ---- the whole tree ---- */
+
+struct tree_local {
+	guid_128_t guid;
+	const char *path;
+	struct mail_namespace *ns;
+	const char *vname;
+	/* it came here by replication from this origin */
+	bool replicated;
+	unsigned int messages;
+};
+
+struct tree {
+	struct replay_user *user;
+	uint8_t origin_id[DOVETAIL_ORIGIN_ID_SIZE];
+	const struct dovetail_change_tree *change;
+	ARRAY(struct tree_local) locals;
+	ARRAY_TYPE(const_string) subscriptions;
+};
+
+static int tree_read_local(struct tree *tree, struct mail_namespace *ns,
+			   const struct mailbox_info *info,
+			   const char **error_r)
+{
+	struct dovetail_position pos;
+	struct mailbox_metadata metadata;
+	struct mailbox_status status;
+	struct tree_local *local;
+	struct mailbox *box;
+	enum mail_error mail_error;
+
+	if ((info->flags & (MAILBOX_NOSELECT | MAILBOX_NONEXISTENT)) != 0)
+		return 0;
+	box = mailbox_alloc(ns->list, info->vname, MAILBOX_FLAG_IGNORE_ACLS);
+	if (mailbox_open(box) < 0 ||
+	    mailbox_get_metadata(box, MAILBOX_METADATA_GUID, &metadata) < 0 ||
+	    mailbox_get_status(box, STATUS_MESSAGES, &status) < 0) {
+		*error_r = t_strdup(mailbox_get_last_internal_error(box,
+								    &mail_error));
+		mailbox_free(&box);
+		return mail_error == MAIL_ERROR_NOTFOUND ? 0 : -1;
+	}
+	local = array_append_space(&tree->locals);
+	guid_128_copy(local->guid, metadata.guid);
+	local->ns = ns;
+	local->vname = t_strdup(info->vname);
+	local->path = dovetail_name_to_path(ns, info->vname);
+	local->messages = status.messages;
+	local->replicated = dovetail_position_get(box, &pos) &&
+		memcmp(pos.origin, tree->origin_id, sizeof(pos.origin)) == 0;
+	mailbox_free(&box);
+	return 0;
+}
+
+static int tree_read_namespace(struct tree *tree, struct mail_namespace *ns,
+			       const char **error_r)
+{
+	struct mailbox_list_iterate_context *iter;
+	const struct mailbox_info *info;
+	const char *path;
+	int ret = 0;
+
+	iter = mailbox_list_iter_init(ns->list, "*",
+		MAILBOX_LIST_ITER_RAW_LIST | MAILBOX_LIST_ITER_NO_AUTO_BOXES);
+	while (ret == 0 && (info = mailbox_list_iter_next(iter)) != NULL)
+		ret = tree_read_local(tree, ns, info, error_r);
+	if (mailbox_list_iter_deinit(&iter) < 0 && ret == 0) {
+		*error_r = t_strdup(mailbox_list_get_last_internal_error(
+			ns->list, NULL));
+		ret = -1;
+	}
+	if (ret < 0)
+		return -1;
+
+	iter = mailbox_list_iter_init(ns->list, "*",
+		MAILBOX_LIST_ITER_SELECT_SUBSCRIBED |
+		MAILBOX_LIST_ITER_RETURN_NO_FLAGS);
+	while ((info = mailbox_list_iter_next(iter)) != NULL) {
+		path = dovetail_name_to_path(ns, info->vname);
+		array_push_back(&tree->subscriptions, &path);
+	}
+	if (mailbox_list_iter_deinit(&iter) < 0) {
+		*error_r = t_strdup(mailbox_list_get_last_internal_error(
+			ns->list, NULL));
+		return -1;
+	}
+	return 0;
+}
+
+static int tree_read(struct tree *tree, const char **error_r)
+{
+	struct mail_namespace *ns;
+
+	array_clear(&tree->locals);
+	array_clear(&tree->subscriptions);
+	ns = replay_user_mail_user(tree->user)->namespaces;
+	for (; ns != NULL; ns = ns->next) {
+		if (ns->type == MAIL_NAMESPACE_TYPE_PRIVATE &&
+		    ns->alias_for == NULL &&
+		    (ns->flags & NAMESPACE_FLAG_USABLE) != 0 &&
+		    tree_read_namespace(tree, ns, error_r) < 0)
+			return -1;
+	}
+	return 0;
+}
+
+static const struct dovetail_tree_mailbox *
+tree_find_guid(const struct tree *tree, const guid_128_t guid)
+{
+	const struct dovetail_tree_mailbox *tm;
+
+	array_foreach(&tree->change->mailboxes, tm) {
+		if (guid_128_equals(tm->guid, guid))
+			return tm;
+	}
+	return NULL;
+}
+
+/* Mailboxes whose name the primary gave to something else step aside, so that
+   names can be exchanged. */
+static enum replay_result
+tree_move_aside(struct tree *tree, const char **error_r)
+{
+	const struct dovetail_tree_mailbox *tm;
+	const struct tree_local *local;
+	struct mailbox *box;
+	const char *path;
+	enum replay_result result;
+
+	array_foreach(&tree->locals, local) {
+		tm = tree_find_guid(tree, local->guid);
+		if (tm == NULL || strcmp(tm->name, local->path) == 0 ||
+		    strcmp(local->path, "INBOX") == 0)
+			continue;
+		box = mailbox_alloc(local->ns->list, local->vname,
+				    MAILBOX_FLAG_IGNORE_ACLS);
+		path = t_strconcat("dovetail-moving-",
+				   guid_128_to_string(local->guid), NULL);
+		path = dovetail_name_to_path(local->ns,
+			t_strconcat(local->ns->prefix, path, NULL));
+		result = list_rename_to(tree->user, &box, path,
+					MAIL_ERROR_NONE, error_r);
+		if (result != REPLAY_DONE)
+			return result;
+	}
+	return REPLAY_DONE;
+}
+
+/* Mailboxes the primary does not have. Only what came from it goes. */
+static enum replay_result
+tree_delete_gone(struct tree *tree, const char **error_r)
+{
+	const struct tree_local *local;
+	struct mailbox *box;
+	enum replay_result result;
+
+	array_foreach(&tree->locals, local) {
+		if (tree_find_guid(tree, local->guid) != NULL)
+			continue;
+		if (!local->replicated) {
+			if (local->messages > 0) {
+				e_warning(replay.event, "User %s: Mailbox %s "
+					"is only here, not at the primary: "
+					"keeping it",
+					replay_user_mail_user(tree->user)->username,
+					local->vname);
+			}
+			continue;
+		}
+		e_info(replay.event, "User %s: Mailbox %s is no longer at the "
+		       "primary, deleting it",
+		       replay_user_mail_user(tree->user)->username,
+		       local->vname);
+		box = mailbox_alloc(local->ns->list, local->vname,
+				    MAILBOX_FLAG_IGNORE_ACLS);
+		result = list_finish(&box, mailbox_delete(box),
+				     MAIL_ERROR_NOTFOUND, error_r);
+		if (result != REPLAY_DONE)
+			return result;
+	}
+	return REPLAY_DONE;
+}
+
+static enum replay_result
+tree_place(struct tree *tree, const struct dovetail_tree_mailbox *tm,
+	   const char **error_r)
+{
+	struct mailbox *box;
+	int ret;
+
+	if (guid_128_is_empty(tm->guid))
+		return list_create_dir(tree->user, tm->name, error_r);
+	ret = list_find(tree->user, tm->guid, tm->name, &box, error_r);
+	if (ret < 0)
+		return REPLAY_FAILED;
+	if (ret > 0)
+		return list_rename_to(tree->user, &box, tm->name,
+				      MAIL_ERROR_NONE, error_r);
+	return list_create(tree->user, tm->guid, tm->name, tm->uid_validity, 0,
+			   error_r);
+}
+
+static bool paths_have(const ARRAY_TYPE(const_string) *paths, const char *path)
+{
+	const char *p;
+
+	array_foreach_elem(paths, p) {
+		if (strcmp(p, path) == 0)
+			return TRUE;
+	}
+	return FALSE;
+}
+
+static enum replay_result
+tree_subscriptions(struct tree *tree, const char **error_r)
+{
+	enum replay_result result = REPLAY_DONE;
+	const char *path;
+
+	array_foreach_elem(&tree->subscriptions, path) {
+		if (result == REPLAY_DONE &&
+		    !paths_have(&tree->change->subscriptions, path))
+			result = list_subscribe(tree->user, path, FALSE,
+						error_r);
+	}
+	array_foreach_elem(&tree->change->subscriptions, path) {
+		if (result == REPLAY_DONE &&
+		    !paths_have(&tree->subscriptions, path))
+			result = list_subscribe(tree->user, path, TRUE,
+						error_r);
+	}
+	return result;
+}
+
+enum replay_result
+replay_tree(struct replay_user *user, const char *origin,
+	    const struct dovetail_change_tree *change, const char **error_r)
+{
+	const struct dovetail_tree_mailbox *tm;
+	enum replay_result result;
+	struct tree tree;
+
+	i_zero(&tree);
+	tree.user = user;
+	tree.change = change;
+	dovetail_origin_id(origin, tree.origin_id);
+	t_array_init(&tree.locals, 64);
+	t_array_init(&tree.subscriptions, 64);
+
+	replay_user_forget_mailboxes(user);
+	if (tree_read(&tree, error_r) < 0)
+		return REPLAY_FAILED;
+	result = tree_delete_gone(&tree, error_r);
+	if (result == REPLAY_DONE)
+		result = tree_move_aside(&tree, error_r);
+	array_foreach(&change->mailboxes, tm) {
+		if (result == REPLAY_DONE)
+			result = tree_place(&tree, tm, error_r);
+	}
+	if (result == REPLAY_DONE)
+		result = tree_subscriptions(&tree, error_r);
+	return result;
+}

@@ -1,0 +1,901 @@
+/* Copyright (c) 2026 dovetail authors, LGPL-2.1-or-later, see COPYING */
+
+/* Apply what happened to one mailbox. Applying it twice changes nothing: the place
+   in the origin's log up to which a replica has come stands in its index, written
+   in the same transaction as the change. */
+
+#include "lib.h"
+#include "array.h"
+#include "guid.h"
+#include "istream.h"
+#include "seq-range-array.h"
+#include "mail-storage-private.h"
+#include "mail-index-private.h"
+#include "mail-index-modseq.h"
+#include "mailbox-log.h"
+#include "mailbox-list-private.h"
+#include "index-pop3-uidl.h"
+#include "dovetail-compat.h"
+#include "dovetail-name.h"
+#include "dovetail-position.h"
+#include "dovetail-replay.h"
+
+#define REPLAY_SAVE_FLAGS \
+	(MAILBOX_TRANSACTION_FLAG_EXTERNAL | \
+	 MAILBOX_TRANSACTION_FLAG_ASSIGN_UIDS | \
+	 MAILBOX_TRANSACTION_FLAG_SYNC | MAILBOX_TRANSACTION_FLAG_NO_NOTIFY)
+#define REPLAY_UPDATE_FLAGS \
+	(MAILBOX_TRANSACTION_FLAG_SYNC | MAILBOX_TRANSACTION_FLAG_NO_NOTIFY)
+
+#define REPLAY_FLAGS_MASK \
+	(MAIL_ANSWERED | MAIL_FLAGGED | MAIL_DELETED | MAIL_SEEN | MAIL_DRAFT)
+
+struct replay_mailbox_ctx {
+	struct replay_user *user;
+	const struct dovetail_change_mailbox *change;
+	uint8_t origin_id[DOVETAIL_ORIGIN_ID_SIZE];
+	struct mailbox *box;
+
+	/* UIDNEXT here before the change */
+	uint32_t uid_next;
+	/* messages the change has as new, and which of them are saved by it */
+	ARRAY_TYPE(seq_range) appended, saved;
+	const char *error;
+};
+
+/* ---- find or make the mailbox ---- */
+
+/* Was a mailbox with this GUID deleted here? Then a change of it that arrives
+   late must not bring it back. */
+static bool replay_was_deleted(struct replay_user *user, const guid_128_t guid)
+{
+	struct mail_namespace *ns;
+	struct mailbox_log *log;
+	struct mailbox_log_iter *iter;
+	const struct mailbox_log_record *rec;
+	bool found = FALSE;
+
+	ns = replay_user_mail_user(user)->namespaces;
+	for (; ns != NULL && !found; ns = ns->next) {
+		if (ns->type != MAIL_NAMESPACE_TYPE_PRIVATE)
+			continue;
+		mailbox_list_get_changelog(ns->list);
+		log = ns->list->changelog;
+		if (log == NULL)
+			continue;
+		iter = mailbox_log_iter_init(log);
+		while (!found && (rec = mailbox_log_iter_next(iter)) != NULL) {
+			found = rec->type == MAILBOX_LOG_RECORD_DELETE_MAILBOX &&
+				guid_128_equals(rec->mailbox_guid, guid);
+		}
+		(void)mailbox_log_iter_deinit(&iter);
+	}
+	return found;
+}
+
+static bool replay_box_is_empty(struct mailbox *box)
+{
+	struct mailbox_status status;
+
+	return mailbox_get_status(box, STATUS_MESSAGES, &status) == 0 &&
+		status.messages == 0;
+}
+
+int replay_mailbox_create(struct replay_user *user, const guid_128_t guid,
+			  const char *path, uint32_t uid_validity,
+			  uint32_t uid_next, const char **error_r)
+{
+	struct mail_namespace *ns;
+	struct mailbox_update update;
+	struct mailbox *box;
+	enum mail_error mail_error;
+	const char *vname;
+	int ret;
+
+	if (dovetail_name_from_path(replay_user_mail_user(user), path, &ns,
+				    &vname, error_r) < 0)
+		return -1;
+	i_zero(&update);
+	guid_128_copy(update.mailbox_guid, guid);
+	update.uid_validity = uid_validity;
+	update.min_next_uid = uid_next;
+
+	box = mailbox_alloc(ns->list, vname, MAILBOX_FLAG_IGNORE_ACLS);
+	ret = mailbox_create(box, &update, FALSE) < 0 ? -1 : 1;
+	if (ret < 0) {
+		*error_r = t_strdup(mailbox_get_last_internal_error(box,
+								    &mail_error));
+		if (mail_error == MAIL_ERROR_EXISTS) {
+			/* A mailbox that appeared by itself, at a login. */
+			if (mailbox_open(box) < 0 ||
+			    mailbox_sync(box, MAILBOX_SYNC_FLAG_FULL_READ) < 0)
+				;
+			else if (!replay_box_is_empty(box))
+				ret = 0;
+			else if (mailbox_update(box, &update) == 0)
+				ret = 1;
+			if (ret < 0) {
+				*error_r = t_strdup(
+					mailbox_get_last_internal_error(box,
+									NULL));
+			}
+		}
+	}
+	mailbox_free(&box);
+	replay_user_forget_mailboxes(user);
+	return ret;
+}
+
+/* Returns DONE with ctx->box set, or NULL when the mailbox is gone for good. */
+static enum replay_result
+replay_mailbox_get(struct replay_mailbox_ctx *ctx)
+{
+	const struct dovetail_change_mailbox *change = ctx->change;
+	int ret;
+
+	ret = replay_user_find_mailbox(ctx->user, change->guid, change->name,
+				       &ctx->box, &ctx->error);
+	if (ret < 0)
+		return REPLAY_FAILED;
+	if (ret > 0)
+		return REPLAY_DONE;
+	if (replay_was_deleted(ctx->user, change->guid)) {
+		ctx->box = NULL;
+		return REPLAY_DONE;
+	}
+	ret = replay_mailbox_create(ctx->user, change->guid, change->name,
+				    change->uid_validity, 0, &ctx->error);
+	if (ret > 0) {
+		ret = replay_user_find_mailbox(ctx->user, change->guid,
+					       change->name, &ctx->box,
+					       &ctx->error);
+		if (ret == 0)
+			ctx->error = "Mailbox is not there after creating it";
+		return ret > 0 ? REPLAY_DONE : REPLAY_FAILED;
+	}
+	if (ret < 0)
+		return REPLAY_FAILED;
+	ctx->error = "Another mailbox has this name";
+	return REPLAY_LACKING;
+}
+
+/* ---- does the change fit? ---- */
+
+enum replay_fit {
+	REPLAY_FIT_APPLY,
+	REPLAY_FIT_SKIP,
+	REPLAY_FIT_GAP,
+};
+
+static enum replay_fit
+replay_mailbox_fits(struct replay_mailbox_ctx *ctx, bool wanted)
+{
+	const struct dovetail_change_mailbox *change = ctx->change;
+	bool snapshot = (change->flags & DOVETAIL_MAILBOX_SNAPSHOT) != 0;
+	struct dovetail_position pos;
+	bool valid;
+	int end;
+
+	valid = dovetail_position_get(ctx->box, &pos) &&
+		memcmp(pos.origin, ctx->origin_id, sizeof(pos.origin)) == 0 &&
+		pos.applied.index_id == change->to.index_id;
+	if (!valid)
+		return snapshot ? REPLAY_FIT_APPLY : REPLAY_FIT_GAP;
+
+	end = dovetail_log_pos_cmp(&change->to, &pos.applied);
+	if (snapshot)
+		return end > 0 || wanted ? REPLAY_FIT_APPLY : REPLAY_FIT_SKIP;
+	if (dovetail_log_pos_cmp(&change->from, &pos.applied) > 0)
+		return REPLAY_FIT_GAP;
+	if (end > 0)
+		return REPLAY_FIT_APPLY;
+	/* a part that claims no place is applied while we stand there */
+	return end == 0 &&
+		dovetail_log_pos_cmp(&change->from, &change->to) == 0 ?
+		REPLAY_FIT_APPLY : REPLAY_FIT_SKIP;
+}
+
+/* Find the message a COPY refers to. Returns 1, 0 when it is not here, -1. */
+static int replay_find_copy_source(struct replay_mailbox_ctx *ctx,
+				   const struct dovetail_op_append *append,
+				   struct mailbox **box_r, const char **error_r)
+{
+	struct mailbox_transaction_context *t;
+	struct mail *mail;
+	uoff_t size;
+	int ret;
+
+	ret = replay_user_find_mailbox(ctx->user, append->copy_mailbox_guid,
+				       ctx->change->name, box_r, error_r);
+	if (ret <= 0)
+		return ret;
+	if (*box_r != ctx->box && mailbox_sync(*box_r, 0) < 0) {
+		*error_r = t_strdup(mailbox_get_last_internal_error(*box_r,
+								    NULL));
+		return -1;
+	}
+	t = mailbox_transaction_begin(*box_r, 0, __func__);
+	mail = mail_alloc(t, MAIL_FETCH_PHYSICAL_SIZE, NULL);
+	ret = mail_set_uid(mail, append->copy_uid) &&
+		mail_get_physical_size(mail, &size) == 0 &&
+		size == append->size ? 1 : 0;
+	mail_free(&mail);
+	mailbox_transaction_rollback(&t);
+	return ret;
+}
+
+/* Is every body here that will have to be saved? */
+static enum replay_result replay_check_bodies(struct replay_mailbox_ctx *ctx)
+{
+	const struct dovetail_op *op;
+	struct mailbox *source;
+	int ret;
+
+	array_foreach(&ctx->change->ops, op) {
+		if (op->type != DOVETAIL_OP_APPEND ||
+		    op->append.uid < ctx->uid_next)
+			continue;
+		switch (op->append.source) {
+		case DOVETAIL_BODY_INLINE:
+			continue;
+		case DOVETAIL_BODY_SPOOL:
+			if (replay_spool_get(op->append.spool_id,
+					     op->append.size) != NULL)
+				continue;
+			break;
+		case DOVETAIL_BODY_COPY:
+			ret = replay_find_copy_source(ctx, &op->append,
+						      &source, &ctx->error);
+			if (ret < 0)
+				return REPLAY_FAILED;
+			if (ret > 0)
+				continue;
+			break;
+		}
+		ctx->error = t_strdup_printf("The body of UID %u is not here",
+					     op->append.uid);
+		return REPLAY_LACKING;
+	}
+	return REPLAY_DONE;
+}
+
+/* ---- new messages ---- */
+
+static int replay_save_stream(struct mail_save_context *save_ctx,
+			      struct istream *input)
+{
+	ssize_t ret;
+
+	if (mailbox_save_begin(&save_ctx, input) < 0)
+		return -1;
+	do {
+		if (mailbox_save_continue(save_ctx) < 0) {
+			mailbox_save_cancel(&save_ctx);
+			return -1;
+		}
+		ret = i_stream_read(input);
+	} while (ret > 0 || ret == -2);
+	if (input->stream_errno != 0) {
+		mail_storage_set_critical(
+			save_ctx->transaction->box->storage,
+			"read(%s) failed: %s", i_stream_get_name(input),
+			i_stream_get_error(input));
+		mailbox_save_cancel(&save_ctx);
+		return -1;
+	}
+	return mailbox_save_finish(&save_ctx);
+}
+
+static int replay_save_copy(struct replay_mailbox_ctx *ctx,
+			    struct mail_save_context *save_ctx,
+			    const struct dovetail_op_append *append)
+{
+	struct mailbox_transaction_context *t;
+	struct mailbox *source;
+	struct mail *mail;
+	int ret;
+
+	if (replay_find_copy_source(ctx, append, &source, &ctx->error) <= 0) {
+		mailbox_save_cancel(&save_ctx);
+		return -1;
+	}
+	t = mailbox_transaction_begin(source, 0, __func__);
+	mail = mail_alloc(t, 0, NULL);
+	if (mail_set_uid(mail, append->copy_uid))
+		ret = mailbox_copy(&save_ctx, mail);
+	else {
+		mailbox_save_cancel(&save_ctx);
+		ret = -1;
+	}
+	mail_free(&mail);
+	mailbox_transaction_rollback(&t);
+	return ret;
+}
+
+static int replay_save(struct replay_mailbox_ctx *ctx,
+		       struct mailbox_transaction_context *t,
+		       const struct dovetail_op_append *append)
+{
+	struct mail_save_context *save_ctx;
+	struct mail_keywords *keywords;
+	struct istream *input;
+	int ret;
+
+	save_ctx = mailbox_save_alloc(t);
+	keywords = append->keywords[0] == NULL ? NULL :
+		mailbox_keywords_create_valid(ctx->box, append->keywords);
+	mailbox_save_set_flags(save_ctx, append->flags & REPLAY_FLAGS_MASK,
+			       keywords);
+	if (keywords != NULL)
+		mailbox_keywords_unref(&keywords);
+	mailbox_save_set_uid(save_ctx, append->uid);
+	mailbox_save_set_guid(save_ctx, append->guid);
+	mailbox_save_set_received_date(save_ctx, append->received_date, 0);
+	mailbox_save_set_save_date(save_ctx, append->save_date);
+	mailbox_save_set_min_modseq(save_ctx, ctx->change->highest_modseq);
+	if (append->pop3_uidl[0] != '\0') {
+		mailbox_save_set_pop3_uidl(save_ctx, append->pop3_uidl);
+		/* sdbox compares the UID with a sequence and would hide it */
+		index_pop3_uidl_set_max_uid(ctx->box, t->itrans, append->uid);
+	}
+	if (append->pop3_order > 0)
+		mailbox_save_set_pop3_order(save_ctx, append->pop3_order);
+
+	switch (append->source) {
+	case DOVETAIL_BODY_COPY:
+		ret = replay_save_copy(ctx, save_ctx, append);
+		break;
+	case DOVETAIL_BODY_SPOOL:
+		input = replay_spool_get(append->spool_id, append->size);
+		if (input == NULL) {
+			mailbox_save_cancel(&save_ctx);
+			ctx->error = "A body went away while it was saved";
+			return -1;
+		}
+		ret = replay_save_stream(save_ctx, input);
+		break;
+	default:
+		input = i_stream_create_from_data(append->body, append->size);
+		ret = replay_save_stream(save_ctx, input);
+		i_stream_unref(&input);
+	}
+	if (ret < 0 && ctx->error == NULL) {
+		ctx->error = t_strdup_printf("Cannot save UID %u: %s",
+			append->uid,
+			mailbox_get_last_internal_error(ctx->box, NULL));
+	}
+	return ret;
+}
+
+/* Save the messages that are new here. with_position: nothing else follows. */
+static int replay_save_all(struct replay_mailbox_ctx *ctx, bool with_position)
+{
+	struct mailbox_transaction_context *t;
+	struct mail_transaction_commit_changes changes;
+	const struct dovetail_op *op;
+	int ret = 0;
+
+	t = mailbox_transaction_begin(ctx->box, REPLAY_SAVE_FLAGS, __func__);
+	array_foreach(&ctx->change->ops, op) {
+		if (op->type != DOVETAIL_OP_APPEND ||
+		    op->append.uid < ctx->uid_next)
+			continue;
+		T_BEGIN {
+			ret = replay_save(ctx, t, &op->append);
+			ctx->error = ret < 0 ? i_strdup(ctx->error) : NULL;
+		} T_END;
+		if (ret < 0) {
+			char *error = (char *)ctx->error;
+
+			ctx->error = t_strdup(error);
+			i_free(error);
+			break;
+		}
+		seq_range_array_add(&ctx->saved, op->append.uid);
+	}
+	if (ret < 0) {
+		mailbox_transaction_rollback(&t);
+		return -1;
+	}
+	if (with_position) {
+		dovetail_position_update_applied(ctx->box->index, t->itrans,
+						 &ctx->change->to,
+						 ctx->origin_id);
+	}
+	if (mailbox_transaction_commit_get_changes(&t, &changes) < 0) {
+		ctx->error = t_strdup(mailbox_get_last_internal_error(ctx->box,
+								      NULL));
+		return -1;
+	}
+	/* Dovecot gives another UID, without an error, when the wanted one was
+	   taken meanwhile. */
+	if (!array_cmp(&changes.saved_uids, &ctx->saved)) {
+		ctx->error = "Saved messages got other UIDs than the primary's";
+		ret = -1;
+	}
+	pool_unref(&changes.pool);
+
+	array_foreach(&ctx->change->ops, op) {
+		if (op->type == DOVETAIL_OP_APPEND &&
+		    op->append.source == DOVETAIL_BODY_SPOOL)
+			replay_spool_drop(op->append.spool_id);
+	}
+	return ret;
+}
+
+/* ---- flags, keywords, expunges ---- */
+
+/* Call func for each message of uids that is here. skip: uids that carry their
+   final state already. */
+static void
+replay_foreach(struct mail *mail, const ARRAY_TYPE(seq_range) *uids,
+	       const ARRAY_TYPE(seq_range) *skip,
+	       void (*func)(struct mail *mail, void *context), void *context)
+{
+	struct mail_index_view *view = mail->transaction->view;
+	const struct seq_range *range;
+	uint32_t seq, seq1, seq2;
+
+	array_foreach(uids, range) {
+		if (!mail_index_lookup_seq_range(view, range->seq1,
+						 range->seq2, &seq1, &seq2))
+			continue;
+		for (seq = seq1; seq <= seq2; seq++) {
+			mail_set_seq(mail, seq);
+			if (skip == NULL || !seq_range_exists(skip, mail->uid))
+				func(mail, context);
+		}
+	}
+}
+
+static void replay_op_flags(struct mail *mail, void *context)
+{
+	const struct dovetail_op *op = context;
+
+	if ((op->remove_flags & REPLAY_FLAGS_MASK) != 0) {
+		mail_update_flags(mail, MODIFY_REMOVE,
+				  op->remove_flags & REPLAY_FLAGS_MASK);
+	}
+	if ((op->add_flags & REPLAY_FLAGS_MASK) != 0) {
+		mail_update_flags(mail, MODIFY_ADD,
+				  op->add_flags & REPLAY_FLAGS_MASK);
+	}
+}
+
+struct replay_keyword {
+	enum modify_type type;
+	struct mail_keywords *keywords;
+};
+
+static void replay_op_keyword(struct mail *mail, void *context)
+{
+	struct replay_keyword *keyword = context;
+
+	mail_update_keywords(mail, keyword->type, keyword->keywords);
+}
+
+static void replay_op_expunge(struct mail *mail, void *context ATTR_UNUSED)
+{
+	mail_expunge(mail);
+}
+
+static void replay_keyword(struct replay_mailbox_ctx *ctx, struct mail *mail,
+			   const struct dovetail_op *op,
+			   const ARRAY_TYPE(seq_range) *skip)
+{
+	const char *names[] = { op->keyword, NULL };
+	struct replay_keyword keyword;
+
+	keyword.type = op->type == DOVETAIL_OP_KEYWORD_ADD ? MODIFY_ADD :
+		op->type == DOVETAIL_OP_KEYWORD_REMOVE ? MODIFY_REMOVE :
+		MODIFY_REPLACE;
+	if (op->type == DOVETAIL_OP_KEYWORD_RESET)
+		names[0] = NULL;
+	keyword.keywords = mailbox_keywords_create_valid(ctx->box, names);
+	replay_foreach(mail, &op->uids, skip, replay_op_keyword, &keyword);
+	mailbox_keywords_unref(&keyword.keywords);
+}
+
+/* Give the message exactly these flags and keywords. */
+static void replay_set_state(struct replay_mailbox_ctx *ctx, struct mail *mail,
+			     enum mail_flags flags, const char *const *names)
+{
+	struct mail_keywords *keywords;
+	const char *const *have = mail_get_keywords(mail);
+	unsigned int i;
+	bool equal;
+
+	flags &= REPLAY_FLAGS_MASK;
+	if ((mail_get_flags(mail) & REPLAY_FLAGS_MASK) != flags)
+		mail_update_flags(mail, MODIFY_REPLACE, flags);
+
+	equal = str_array_length(have) == str_array_length(names);
+	for (i = 0; equal && names[i] != NULL; i++)
+		equal = str_array_find(have, names[i]);
+	if (!equal) {
+		keywords = mailbox_keywords_create_valid(ctx->box, names);
+		mail_update_keywords(mail, MODIFY_REPLACE, keywords);
+		mailbox_keywords_unref(&keywords);
+	}
+}
+
+/* Messages that were here already, but come as new: a repeated change. */
+static void replay_appended_again(struct replay_mailbox_ctx *ctx,
+				  struct mail *mail)
+{
+	const struct dovetail_op *op;
+
+	array_foreach(&ctx->change->ops, op) {
+		if (op->type == DOVETAIL_OP_APPEND &&
+		    !seq_range_exists(&ctx->saved, op->append.uid) &&
+		    mail_set_uid(mail, op->append.uid)) T_BEGIN {
+			replay_set_state(ctx, mail, op->append.flags,
+					 op->append.keywords);
+		} T_END;
+	}
+}
+
+static void replay_update_delta(struct replay_mailbox_ctx *ctx,
+				struct mail *mail)
+{
+	const struct dovetail_op *op;
+
+	replay_appended_again(ctx, mail);
+	array_foreach(&ctx->change->ops, op) {
+		switch (op->type) {
+		case DOVETAIL_OP_FLAGS:
+			replay_foreach(mail, &op->uids, &ctx->appended,
+				       replay_op_flags, (void *)op);
+			break;
+		case DOVETAIL_OP_KEYWORD_ADD:
+		case DOVETAIL_OP_KEYWORD_REMOVE:
+		case DOVETAIL_OP_KEYWORD_RESET:
+			replay_keyword(ctx, mail, op, &ctx->appended);
+			break;
+		case DOVETAIL_OP_EXPUNGE:
+			replay_foreach(mail, &op->uids, NULL,
+				       replay_op_expunge, NULL);
+			break;
+		default:
+			break;
+		}
+	}
+}
+
+struct replay_snapshot {
+	struct replay_mailbox_ctx *ctx;
+	ARRAY_TYPE(seq_range) exists;
+};
+
+static void replay_snapshot_message(struct replay_snapshot *snapshot,
+				    struct mail *mail)
+{
+	const struct dovetail_op *op;
+	enum mail_flags flags = 0;
+	ARRAY_TYPE(const_string) keywords;
+
+	t_array_init(&keywords, 8);
+	array_foreach(&snapshot->ctx->change->ops, op) {
+		if (op->type == DOVETAIL_OP_APPEND ||
+		    !seq_range_exists(&op->uids, mail->uid))
+			continue;
+		if (op->type == DOVETAIL_OP_FLAGS)
+			flags = op->add_flags;
+		else if (op->type == DOVETAIL_OP_KEYWORD_ADD)
+			array_push_back(&keywords, &op->keyword);
+	}
+	array_append_zero(&keywords);
+	replay_set_state(snapshot->ctx, mail, flags, array_front(&keywords));
+}
+
+/* Make the messages below the snapshot's end what the primary's are. */
+static void replay_update_snapshot(struct replay_mailbox_ctx *ctx,
+				   const ARRAY_TYPE(seq_range) *exists,
+				   struct mail *mail)
+{
+	struct replay_snapshot snapshot = { .ctx = ctx };
+	uint32_t seq, count, end, missing = seq_range_count(exists);
+
+	replay_appended_again(ctx, mail);
+	/* with MORE, nothing is known of what comes behind the last UID */
+	end = ctx->change->uid_next;
+	if ((ctx->change->flags & DOVETAIL_MAILBOX_MORE) != 0) {
+		const struct seq_range *last;
+
+		end = 1;
+		if (array_count(exists) > 0) {
+			last = array_back(exists);
+			end = last->seq2 + 1;
+		}
+		if (array_count(&ctx->appended) > 0) {
+			last = array_back(&ctx->appended);
+			end = I_MAX(end, last->seq2 + 1);
+		}
+	}
+	count = mail_index_view_get_messages_count(mail->transaction->view);
+	for (seq = 1; seq <= count; seq++) {
+		mail_set_seq(mail, seq);
+		if (mail->uid >= end)
+			break;
+		if (seq_range_exists(&ctx->appended, mail->uid))
+			continue;
+		if (!seq_range_exists(exists, mail->uid)) {
+			e_info(replay.event, "User %s mailbox %s: UID %u is "
+			       "no longer at the primary, expunging it",
+			       replay_user_mail_user(ctx->user)->username,
+			       ctx->box->vname, mail->uid);
+			mail_expunge(mail);
+		} else T_BEGIN {
+			missing--;
+			replay_snapshot_message(&snapshot, mail);
+		} T_END;
+	}
+	if (missing > 0) {
+		e_error(replay.event, "User %s mailbox %s: %u of the primary's "
+			"messages are missing here and cannot be added behind "
+			"newer ones: delete the mailbox here to get it anew",
+			replay_user_mail_user(ctx->user)->username,
+			ctx->box->vname, missing);
+	}
+}
+
+static int replay_update_all(struct replay_mailbox_ctx *ctx,
+			     const ARRAY_TYPE(seq_range) *exists)
+{
+	struct mailbox_transaction_context *t;
+	struct mail *mail;
+
+	t = mailbox_transaction_begin(ctx->box, REPLAY_UPDATE_FLAGS, __func__);
+	mail = mail_alloc(t, MAIL_FETCH_FLAGS, NULL);
+	if (exists != NULL)
+		replay_update_snapshot(ctx, exists, mail);
+	else
+		replay_update_delta(ctx, mail);
+	mail_free(&mail);
+	if ((ctx->change->flags & DOVETAIL_MAILBOX_MORE) == 0) {
+		dovetail_position_update_applied(ctx->box->index, t->itrans,
+						 &ctx->change->to,
+						 ctx->origin_id);
+	}
+	if (mailbox_transaction_commit(&t) < 0) {
+		ctx->error = t_strdup(mailbox_get_last_internal_error(ctx->box,
+								      NULL));
+		return -1;
+	}
+	return 0;
+}
+
+/* Raise HIGHESTMODSEQ so that what follows gets at least the origin's value. */
+static int replay_raise_modseq(struct replay_mailbox_ctx *ctx)
+{
+	struct mail_index_view *view = mail_index_view_open(ctx->box->index);
+	struct mail_index_transaction *trans;
+	uint64_t highest = mail_index_modseq_get_highest(view);
+	int ret = 0;
+
+	if (highest + 1 < ctx->change->highest_modseq) {
+		trans = mail_index_transaction_begin(view,
+			MAIL_INDEX_TRANSACTION_FLAG_EXTERNAL);
+		mail_index_update_highest_modseq(trans,
+			ctx->change->highest_modseq - 1);
+		ret = mail_index_transaction_commit(&trans);
+		if (ret < 0)
+			ctx->error = dovetail_index_error(ctx->box->index);
+	}
+	mail_index_view_close(&view);
+	return ret;
+}
+
+static int replay_raise_uid_next(struct replay_mailbox_ctx *ctx)
+{
+	struct mailbox_update update;
+	struct mailbox_status status;
+
+	if (ctx->change->uid_next == 0 ||
+	    (ctx->change->flags & DOVETAIL_MAILBOX_MORE) != 0)
+		return 0;
+	mailbox_get_open_status(ctx->box, STATUS_UIDNEXT, &status);
+	if (status.uidnext >= ctx->change->uid_next)
+		return 0;
+	i_zero(&update);
+	update.min_next_uid = ctx->change->uid_next;
+	if (mailbox_update(ctx->box, &update) < 0) {
+		ctx->error = t_strdup(mailbox_get_last_internal_error(ctx->box,
+								      NULL));
+		return -1;
+	}
+	return 0;
+}
+
+/* ---- all together ---- */
+
+static int replay_mailbox_open(struct replay_mailbox_ctx *ctx)
+{
+	struct mailbox_status status;
+	struct mailbox_update update;
+
+	if (mailbox_sync(ctx->box, 0) < 0 ||
+	    mailbox_enable(ctx->box, MAILBOX_FEATURE_CONDSTORE) < 0) {
+		ctx->error = t_strdup(mailbox_get_last_internal_error(ctx->box,
+								      NULL));
+		return -1;
+	}
+	mailbox_get_open_status(ctx->box, STATUS_UIDVALIDITY | STATUS_UIDNEXT |
+				STATUS_MESSAGES, &status);
+	if (status.uidvalidity != ctx->change->uid_validity) {
+		if (status.messages > 0) {
+			ctx->error = t_strdup_printf("UIDVALIDITY is %u here "
+				"and %u at the primary", status.uidvalidity,
+				ctx->change->uid_validity);
+			return -1;
+		}
+		i_zero(&update);
+		update.uid_validity = ctx->change->uid_validity;
+		if (mailbox_update(ctx->box, &update) < 0 ||
+		    mailbox_sync(ctx->box, 0) < 0) {
+			ctx->error = t_strdup(
+				mailbox_get_last_internal_error(ctx->box,
+								NULL));
+			return -1;
+		}
+		mailbox_get_open_status(ctx->box, STATUS_UIDNEXT, &status);
+	}
+	ctx->uid_next = status.uidnext;
+	return 0;
+}
+
+static void replay_collect(struct replay_mailbox_ctx *ctx, bool *updates_r,
+			   const ARRAY_TYPE(seq_range) **exists_r)
+{
+	const struct dovetail_op *op;
+
+	*updates_r = FALSE;
+	*exists_r = NULL;
+	array_foreach(&ctx->change->ops, op) {
+		if (op->type == DOVETAIL_OP_APPEND) {
+			seq_range_array_add(&ctx->appended, op->append.uid);
+			if (op->append.uid < ctx->uid_next)
+				*updates_r = TRUE;
+			continue;
+		}
+		if (op->type == DOVETAIL_OP_EXISTS)
+			*exists_r = &op->uids;
+		if (op->type == DOVETAIL_OP_EXPUNGE ||
+		    op->type == DOVETAIL_OP_EXISTS)
+			*updates_r = TRUE;
+		else {
+			/* flags of messages that come with theirs */
+			ARRAY_TYPE(seq_range) uids;
+
+			t_array_init(&uids, 8);
+			array_append_array(&uids, &op->uids);
+			seq_range_array_remove_seq_range(&uids, &ctx->appended);
+			if (array_count(&uids) > 0)
+				*updates_r = TRUE;
+		}
+	}
+}
+
+/* A snapshot counts on messages being here that are not: find the first. */
+static bool replay_snapshot_lacks(struct replay_mailbox_ctx *ctx,
+				  const ARRAY_TYPE(seq_range) *exists)
+{
+	const struct seq_range *last;
+
+	if (exists == NULL || array_count(exists) == 0)
+		return FALSE;
+	last = array_back(exists);
+	return last->seq2 >= ctx->uid_next;
+}
+
+static enum replay_result
+replay_mailbox_apply(struct replay_mailbox_ctx *ctx, bool wanted)
+{
+	const ARRAY_TYPE(seq_range) *exists;
+	enum replay_result result;
+	bool updates, saves;
+
+	result = replay_mailbox_get(ctx);
+	if (result != REPLAY_DONE || ctx->box == NULL)
+		return result;
+	switch (replay_mailbox_fits(ctx, wanted)) {
+	case REPLAY_FIT_SKIP:
+		return REPLAY_DONE;
+	case REPLAY_FIT_GAP:
+		ctx->error = "Changes before this one are missing";
+		return REPLAY_LACKING;
+	case REPLAY_FIT_APPLY:
+		break;
+	}
+	if (replay_mailbox_open(ctx) < 0)
+		return REPLAY_FAILED;
+	replay_collect(ctx, &updates, &exists);
+	if (replay_snapshot_lacks(ctx, exists)) {
+		ctx->error = "Messages before the snapshot's are missing";
+		return REPLAY_LACKING;
+	}
+	result = replay_check_bodies(ctx);
+	if (result != REPLAY_DONE)
+		return result;
+	if (replay_raise_modseq(ctx) < 0)
+		return REPLAY_FAILED;
+
+	saves = array_count(&ctx->appended) > 0;
+	if (saves && replay_save_all(ctx, !updates && exists == NULL) < 0)
+		return REPLAY_FAILED;
+	if (updates || !saves || exists != NULL) {
+		/* what was just saved has to be visible */
+		if (saves && mailbox_sync(ctx->box, 0) < 0) {
+			ctx->error = t_strdup(
+				mailbox_get_last_internal_error(ctx->box,
+								NULL));
+			return REPLAY_FAILED;
+		}
+		if (replay_update_all(ctx, exists) < 0)
+			return REPLAY_FAILED;
+	}
+	/* executes expunges, here and now */
+	if (mailbox_sync(ctx->box, 0) < 0) {
+		ctx->error = t_strdup(mailbox_get_last_internal_error(ctx->box,
+								      NULL));
+		return REPLAY_FAILED;
+	}
+	if (replay_raise_uid_next(ctx) < 0)
+		return REPLAY_FAILED;
+	if ((ctx->change->flags & DOVETAIL_MAILBOX_MORE) != 0) {
+		ctx->error = "More messages are to come";
+		return REPLAY_LACKING;
+	}
+	return REPLAY_DONE;
+}
+
+enum replay_result
+replay_mailbox(struct replay_user *user, const char *origin,
+	       const struct dovetail_change_mailbox *change, bool wanted,
+	       const char **error_r)
+{
+	const char *username = replay_user_mail_user(user)->username;
+	struct replay_mailbox_ctx ctx;
+	struct mailbox_status status;
+	enum replay_result result;
+	uint32_t uid_next = 1;
+
+	i_zero(&ctx);
+	ctx.user = user;
+	ctx.change = change;
+	dovetail_origin_id(origin, ctx.origin_id);
+	t_array_init(&ctx.appended, 16);
+	t_array_init(&ctx.saved, 16);
+
+	result = replay_mailbox_apply(&ctx, wanted);
+	*error_r = ctx.error;
+	switch (result) {
+	case REPLAY_DONE:
+		if (wanted)
+			replay_wanted_arrived(username, change->guid);
+		break;
+	case REPLAY_LACKING:
+		if (ctx.box == NULL) {
+			/* the tree here is not the primary's */
+			guid_128_t all;
+
+			guid_128_empty(all);
+			replay_wanted_add(username, origin, all, "", 0,
+					  ctx.error);
+			break;
+		}
+		mailbox_get_open_status(ctx.box, STATUS_UIDNEXT, &status);
+		uid_next = status.uidnext;
+		if (wanted)
+			replay_wanted_arrived(username, change->guid);
+		replay_wanted_add(username, origin, change->guid, change->name,
+				  uid_next, ctx.error);
+		break;
+	case REPLAY_FAILED:
+		replay_user_forget_mailboxes(user);
+		replay_wanted_add(username, origin, change->guid, change->name,
+				  1, ctx.error);
+		break;
+	}
+	return result;
+}

@@ -1,0 +1,688 @@
+/* Copyright (c) 2026 dovetail authors, LGPL-2.1-or-later, see COPYING */
+
+/* Read the peers' logs: fetch, check chain and signature, decrypt, apply,
+   acknowledge. One connection waits in XREAD for all of them, another one sends
+   acknowledgements. While entries are applied the next ones are on their way.
+
+   What becomes of an entry that is not right:
+     - not an entry, unknown or wrong origin, wrong signature, not for us, of
+       another stream, a repeat, of an old epoch: it is dropped, logged (once
+       until another reason comes), counted; the next entry is read.
+     - of a newer format: the stream stops here until dovetail is upgraded,
+       since what follows may build upon it.
+     - entries missing before it (the chain does not fit): it is applied, and
+       what the mailboxes lack because of the hole is asked for when the next
+       change of each shows it. */
+
+#include "lib.h"
+#include "array.h"
+#include "buffer.h"
+#include "ioloop.h"
+#include "str.h"
+#include "time-util.h"
+#include "dovetail-queue-client.h"
+#include "dovetail-redis.h"
+#include "dovetail-replay.h"
+#include "dovetail-seal.h"
+#include "dovetail-wire.h"
+
+#include <hiredis/hiredis.h>
+#include <fcntl.h>
+#include <unistd.h>
+
+/* Entries fetched at once: a bound for the memory of an answer. */
+#define STREAM_FETCH_COUNT 8
+/* In a backlog not every entry is acknowledged by itself. */
+#define STREAM_ACK_INTERVAL_USECS 5000
+/* An idle replica says that it lives. */
+#define STREAM_ACK_IDLE_MSECS 5000
+#define STREAM_CMD_TIMEOUT_MSECS 10000
+#define STREAM_RETRY_MSECS 1000
+
+/* The state file of a stream, host byte order: written over and over at one
+   place, so a torn write shows in the check. */
+struct stream_state {
+	struct dovetail_chain chain;
+	unsigned char check[16];
+};
+
+struct replay_stream {
+	const char *origin;
+	uint8_t shard;
+	const char *key;
+
+	int fd;
+	const char *path;
+	/* up to the last entry that was right */
+	struct dovetail_chain chain;
+	uint64_t chain_time_usecs;
+	/* what XREAD read last, right or not */
+	uint64_t read_generation, read_seq;
+	/* an entry of a newer format was seen */
+	bool stopped;
+
+	/* for the acknowledgement and the status */
+	uint64_t entries, rejected;
+	uint64_t rejected_by[DOVETAIL_OPEN_RET_COUNT];
+	uint64_t gaps;
+	enum dovetail_open_ret last_ret;
+	ARRAY(struct dovetail_ack_failed) failed;
+	char *last_error;
+	uint64_t lag_usecs;
+	time_t last_applied;
+	/* something was applied that no ack has said yet */
+	bool ack_needed;
+};
+
+static struct {
+	struct dovetail_redis *reader, *writer;
+	ARRAY(struct replay_stream) list;
+	buffer_t *payload, *entry;
+	uint64_t last_ack_usecs;
+	struct timeout *to_idle, *to_read;
+	bool reading;
+} streams;
+
+static void streams_read(void);
+
+/* ---- state ---- */
+
+static void stream_state_check(const struct dovetail_chain *chain,
+			       unsigned char check_r[16])
+{
+	crypto_generichash(check_r, 16, (const unsigned char *)chain,
+			   sizeof(*chain), NULL, 0);
+}
+
+static void stream_state_read(struct replay_stream *stream)
+{
+	struct stream_state state;
+	unsigned char check[16];
+	ssize_t ret;
+
+	stream->fd = open(stream->path, O_RDWR | O_CREAT, 0600);
+	if (stream->fd == -1)
+		i_fatal("open(%s) failed: %m", stream->path);
+	i_zero(&state);
+	ret = pread(stream->fd, &state, sizeof(state), 0);
+	if (ret < 0)
+		i_fatal("read(%s) failed: %m", stream->path);
+	if (ret == 0)
+		return;
+	stream_state_check(&state.chain, check);
+	if (ret != sizeof(state) ||
+	    memcmp(check, state.check, sizeof(check)) != 0) {
+		e_error(replay.event, "%s is broken: reading the log of %s "
+			"from its start", stream->path, stream->origin);
+		return;
+	}
+	stream->chain = state.chain;
+	stream->read_generation = state.chain.generation;
+	stream->read_seq = state.chain.seq;
+}
+
+static void stream_state_write(struct replay_stream *stream)
+{
+	struct stream_state state;
+
+	i_zero(&state);
+	state.chain = stream->chain;
+	stream_state_check(&stream->chain, state.check);
+	if (pwrite(stream->fd, &state, sizeof(state), 0) != sizeof(state))
+		e_error(replay.event, "write(%s) failed: %m", stream->path);
+}
+
+/* ---- acknowledge ---- */
+
+static void stream_set_error(struct replay_stream *stream, const char *error)
+{
+	i_free(stream->last_error);
+	stream->last_error = i_strdup(error);
+	replay_control_changed();
+}
+
+static const struct dovetail_public_key *stream_peer_key(const char *origin)
+{
+	const struct dovetail_public_key *keys;
+	unsigned int i, count;
+
+	keys = dovetail_keyring_peers(replay.keyring, &count);
+	for (i = 0; i < count; i++) {
+		if (strcmp(keys[i].node, origin) == 0)
+			return &keys[i];
+	}
+	i_unreached();
+}
+
+static void stream_ack_sent(struct redisReply *reply, void *context)
+{
+	struct replay_stream *stream = context;
+
+	/* with no answer the connection is gone, and its return sends anew */
+	if (reply != NULL && reply->type == REDIS_REPLY_ERROR) {
+		stream_set_error(stream, t_strdup_printf(
+			"Cannot acknowledge: %s", reply->str));
+	}
+}
+
+static void stream_ack(struct replay_stream *stream)
+{
+	const struct dovetail_public_key *key = stream_peer_key(stream->origin);
+	struct dovetail_entry_head head;
+	struct dovetail_ack ack;
+	unsigned char hash[DOVETAIL_HASH_SIZE];
+	struct timeval now;
+
+	if (!dovetail_redis_is_ready(streams.writer))
+		return;
+
+	i_zero(&ack);
+	ack.generation = stream->chain.generation;
+	ack.seq = stream->chain.seq;
+	ack.applied_time_usecs = stream->chain_time_usecs;
+	ack.entries = stream->entries;
+	ack.rejected = stream->rejected;
+	ack.set_aside = replay_wanted_count(stream->origin);
+	ack.failed = array_get(&stream->failed, &ack.failed_count);
+	ack.last_error = stream->last_error == NULL ? "" : stream->last_error;
+
+	i_gettimeofday(&now);
+	i_zero(&head);
+	head.kind = DOVETAIL_ENTRY_ACK;
+	head.shard = stream->shard;
+	head.shards = replay.set.shards;
+	head.epoch = stream->chain.epoch;
+	head.seq = 1;
+	head.time_usecs = now.tv_sec * 1000000ULL + now.tv_usec;
+
+	T_BEGIN {
+		buffer_t *payload = t_buffer_create(256);
+		const char *argv[] = { "XADD", t_strconcat(
+			replay.set.redis.prefix, "ack:", stream->origin, NULL),
+			"MAXLEN", "~", "1000", "*", "e", NULL };
+		size_t lens[N_ELEMENTS(argv)];
+		unsigned int i;
+
+		dovetail_ack_encode(payload, &ack);
+		buffer_set_used_size(streams.entry, 0);
+		dovetail_seal(replay.keyring, &key, 1, &head, payload->data,
+			      payload->used, streams.entry, hash);
+		for (i = 0; i < N_ELEMENTS(argv) - 1; i++)
+			lens[i] = strlen(argv[i]);
+		argv[i] = streams.entry->data;
+		lens[i] = streams.entry->used;
+		dovetail_redis_command(streams.writer, N_ELEMENTS(argv), argv,
+				       lens, stream_ack_sent, stream);
+	} T_END;
+	dovetail_redis_flush(streams.writer);
+	array_clear(&stream->failed);
+	stream->ack_needed = FALSE;
+	streams.last_ack_usecs = dovetail_monotonic_usecs();
+}
+
+static void streams_ack_needed(void)
+{
+	struct replay_stream *stream;
+
+	array_foreach_modifiable(&streams.list, stream) {
+		if (stream->ack_needed)
+			stream_ack(stream);
+	}
+}
+
+static void streams_idle(void *context ATTR_UNUSED)
+{
+	struct replay_stream *stream;
+
+	array_foreach_modifiable(&streams.list, stream)
+		stream_ack(stream);
+}
+
+/* ---- an entry ---- */
+
+static void stream_reject(struct replay_stream *stream,
+			  enum dovetail_open_ret ret, const char *id,
+			  const char *error)
+{
+	stream->rejected++;
+	stream->rejected_by[ret]++;
+	stream->ack_needed = TRUE;
+	stream_set_error(stream, t_strdup_printf("Entry %s refused (%s): %s",
+		id, dovetail_open_ret_name(ret), error));
+	if (stream->last_ret != ret) {
+		e_error(replay.event, "%s: %s", stream->key,
+			stream->last_error);
+	}
+	stream->last_ret = ret;
+	if (ret == DOVETAIL_OPEN_VERSION)
+		stream->stopped = TRUE;
+}
+
+static void stream_failed(struct replay_stream *stream, uint32_t ordinal,
+			  const struct dovetail_chain *chain)
+{
+	struct dovetail_ack_failed *failed;
+
+	if (array_count(&stream->failed) == DOVETAIL_ACK_FAILED_MAX)
+		return;
+	failed = array_append_space(&stream->failed);
+	failed->generation = chain->generation;
+	failed->seq = chain->seq;
+	failed->ordinal = ordinal;
+}
+
+static void stream_apply_group(struct replay_stream *stream,
+			       const struct dovetail_chain *chain)
+{
+	struct dovetail_wire_reader r;
+	enum replay_result result;
+	const void *change;
+	const char *error;
+	uint32_t ordinal = 0;
+	size_t size;
+
+	dovetail_wire_reader_init(&r, streams.payload->data,
+				  streams.payload->used);
+	while (r.pos < r.end && !r.failed) {
+		change = dovetail_wire_get_bytes(&r, &size);
+		if (r.failed)
+			break;
+		T_BEGIN {
+			result = replay_apply(stream->origin, change, size,
+					      &error);
+			if (result != REPLAY_DONE)
+				stream_failed(stream, ordinal, chain);
+			if (result == REPLAY_FAILED) {
+				if (null_strcmp(stream->last_error, error) != 0)
+					e_error(replay.event, "%s", error);
+				stream_set_error(stream, error);
+			}
+		} T_END;
+		ordinal++;
+	}
+	if (r.failed) {
+		stream_set_error(stream, "A group of changes is cut off");
+		e_error(replay.event, "%s: %s", stream->key,
+			stream->last_error);
+	}
+}
+
+static void stream_entry(struct replay_stream *stream, const char *id,
+			 const void *data, size_t size)
+{
+	struct dovetail_open_expect expect;
+	struct dovetail_opened opened;
+	struct dovetail_chain chain;
+	enum dovetail_open_ret ret;
+	struct timeval now;
+	const char *error;
+
+	i_zero(&expect);
+	expect.kind = DOVETAIL_ENTRY_LOG;
+	expect.origin = stream->origin;
+	expect.shard = stream->shard;
+	expect.chain = &stream->chain;
+	ret = dovetail_open(replay.keyring, &expect, data, size,
+			    streams.payload, &opened, &error);
+	if (ret != DOVETAIL_OPEN_OK) {
+		stream_reject(stream, ret, id, error);
+		return;
+	}
+	if (opened.head.shards != replay.set.shards &&
+	    stream->last_ret != DOVETAIL_OPEN_WRONG_STREAM) {
+		stream_reject(stream, DOVETAIL_OPEN_WRONG_STREAM, id,
+			t_strdup_printf("dovetail_shards is %u at %s and %u "
+				"here; it must be the same on all nodes",
+				opened.head.shards, stream->origin,
+				replay.set.shards));
+	}
+	if (opened.gap) {
+		stream->gaps++;
+		stream_set_error(stream, t_strdup_printf(
+			"Entries before %s are missing in Redis", id));
+		e_warning(replay.event, "%s: %s", stream->key,
+			  stream->last_error);
+	}
+	if (opened.head.shards == replay.set.shards)
+		stream->last_ret = DOVETAIL_OPEN_OK;
+
+	chain.epoch = opened.head.epoch;
+	chain.generation = opened.head.generation;
+	chain.seq = opened.head.seq;
+	memcpy(chain.hash, opened.hash, sizeof(chain.hash));
+	stream_apply_group(stream, &chain);
+
+	/* behind what it describes: after a crash the entry is applied again,
+	   which changes nothing */
+	stream->chain = chain;
+	stream->chain_time_usecs = opened.head.time_usecs;
+	stream_state_write(stream);
+	stream->entries++;
+	stream->ack_needed = TRUE;
+	i_gettimeofday(&now);
+	stream->lag_usecs = I_MAX((int64_t)(now.tv_sec * 1000000LL +
+		now.tv_usec - (int64_t)opened.head.time_usecs), 0);
+	stream->last_applied = now.tv_sec;
+	replay_control_changed();
+}
+
+/* ---- reading ---- */
+
+static bool stream_parse_id(const char *id, uint64_t *generation_r,
+			    uint64_t *seq_r)
+{
+	const char *p = strchr(id, '-');
+
+	return p != NULL &&
+		str_to_uint64(t_strdup_until(id, p), generation_r) == 0 &&
+		str_to_uint64(p + 1, seq_r) == 0;
+}
+
+/* Find the stream a part of the answer is about and note how far it goes. */
+static struct replay_stream *
+streams_find(const struct redisReply *part)
+{
+	struct replay_stream *stream;
+
+	if (part->type != REDIS_REPLY_ARRAY || part->elements != 2 ||
+	    part->element[0]->type != REDIS_REPLY_STRING ||
+	    part->element[1]->type != REDIS_REPLY_ARRAY)
+		return NULL;
+	array_foreach_modifiable(&streams.list, stream) {
+		if (strcmp(stream->key, part->element[0]->str) == 0)
+			return stream;
+	}
+	return NULL;
+}
+
+static void stream_note_read(struct replay_stream *stream,
+			     const struct redisReply *entries)
+{
+	const struct redisReply *last;
+
+	if (entries->elements == 0)
+		return;
+	last = entries->element[entries->elements - 1];
+	if (last->type == REDIS_REPLY_ARRAY && last->elements == 2 &&
+	    last->element[0]->type == REDIS_REPLY_STRING) {
+		(void)stream_parse_id(last->element[0]->str,
+				      &stream->read_generation,
+				      &stream->read_seq);
+	}
+}
+
+static void stream_entries(struct replay_stream *stream,
+			   const struct redisReply *entries)
+{
+	const struct redisReply *entry, *fields;
+	unsigned int i;
+
+	for (i = 0; i < entries->elements && !stream->stopped; i++) T_BEGIN {
+		entry = entries->element[i];
+		fields = entry->type == REDIS_REPLY_ARRAY &&
+			entry->elements == 2 ? entry->element[1] : NULL;
+		if (fields == NULL || fields->type != REDIS_REPLY_ARRAY ||
+		    fields->elements != 2 ||
+		    strcmp(fields->element[0]->str, "e") != 0) {
+			stream_reject(stream, DOVETAIL_OPEN_MALFORMED, "?",
+				      "Not a field e with an entry");
+		} else {
+			stream_entry(stream, entry->element[0]->str,
+				     fields->element[1]->str,
+				     fields->element[1]->len);
+		}
+		/* the live path: what is done is said at once */
+		if (dovetail_monotonic_usecs() - streams.last_ack_usecs >
+		    STREAM_ACK_INTERVAL_USECS)
+			streams_ack_needed();
+	} T_END;
+}
+
+static void streams_read_again(void *context ATTR_UNUSED)
+{
+	timeout_remove(&streams.to_read);
+	streams_read();
+}
+
+static void streams_received(struct redisReply *reply, void *context ATTR_UNUSED)
+{
+	struct replay_stream *stream;
+	unsigned int i;
+
+	streams.reading = FALSE;
+	if (reply == NULL)
+		return;
+	if (reply->type == REDIS_REPLY_ERROR) {
+		array_foreach_modifiable(&streams.list, stream)
+			stream_set_error(stream, reply->str);
+		e_error(replay.event, "Cannot read from Redis: %s", reply->str);
+		if (streams.to_read == NULL) {
+			streams.to_read = timeout_add(STREAM_RETRY_MSECS,
+						      streams_read_again, NULL);
+		}
+		return;
+	}
+	if (reply->type != REDIS_REPLY_ARRAY) {
+		/* nothing in time, which cannot be without a time */
+		streams_read();
+		return;
+	}
+	for (i = 0; i < reply->elements; i++) {
+		stream = streams_find(reply->element[i]);
+		if (stream != NULL)
+			stream_note_read(stream, reply->element[i]->element[1]);
+	}
+	streams_read();
+	for (i = 0; i < reply->elements; i++) {
+		stream = streams_find(reply->element[i]);
+		if (stream != NULL)
+			stream_entries(stream, reply->element[i]->element[1]);
+	}
+	streams_ack_needed();
+}
+
+static void streams_read(void)
+{
+	struct replay_stream *stream;
+	ARRAY_TYPE(const_string) argv;
+	const char *arg;
+	unsigned int count = 0;
+	size_t *lens;
+	unsigned int i, argc;
+
+	if (streams.reading || !dovetail_redis_is_ready(streams.reader))
+		return;
+	T_BEGIN {
+		t_array_init(&argv, 16);
+		arg = "XREAD"; array_push_back(&argv, &arg);
+		arg = "COUNT"; array_push_back(&argv, &arg);
+		arg = t_strdup_printf("%u", STREAM_FETCH_COUNT);
+		array_push_back(&argv, &arg);
+		arg = "BLOCK"; array_push_back(&argv, &arg);
+		arg = "0"; array_push_back(&argv, &arg);
+		arg = "STREAMS"; array_push_back(&argv, &arg);
+		array_foreach_modifiable(&streams.list, stream) {
+			if (stream->stopped)
+				continue;
+			array_push_back(&argv, &stream->key);
+			count++;
+		}
+		array_foreach_modifiable(&streams.list, stream) {
+			if (stream->stopped)
+				continue;
+			arg = t_strdup_printf("%"PRIu64"-%"PRIu64,
+					      stream->read_generation,
+					      stream->read_seq);
+			array_push_back(&argv, &arg);
+		}
+		argc = array_count(&argv);
+		lens = t_new(size_t, argc);
+		for (i = 0; i < argc; i++)
+			lens[i] = strlen(array_idx_elem(&argv, i));
+		if (count > 0) {
+			streams.reading = TRUE;
+			dovetail_redis_command(streams.reader, argc,
+					       array_front(&argv), lens,
+					       streams_received, NULL);
+			dovetail_redis_flush(streams.reader);
+		}
+	} T_END;
+}
+
+static void streams_reader_ready(void *context ATTR_UNUSED)
+{
+	struct replay_stream *stream;
+
+	/* From the last entry that was right: what was read behind it and not
+	   applied is read again. */
+	array_foreach_modifiable(&streams.list, stream) {
+		stream->read_generation = stream->chain.generation;
+		stream->read_seq = stream->chain.seq;
+	}
+	streams_read();
+	replay_control_changed();
+}
+
+static void streams_lost(void *context ATTR_UNUSED)
+{
+	streams.reading = FALSE;
+	replay_control_changed();
+}
+
+static void streams_writer_ready(void *context ATTR_UNUSED)
+{
+	streams_idle(NULL);
+}
+
+static void streams_writer_lost(void *context ATTR_UNUSED)
+{
+}
+
+/* ---- life ---- */
+
+static void stream_init(const char *origin, unsigned int shard)
+{
+	struct replay_stream *stream = array_append_space(&streams.list);
+
+	stream->origin = origin;
+	stream->shard = shard;
+	stream->key = p_strdup_printf(replay.pool, "%slog:%s:%u",
+				      replay.set.redis.prefix, origin, shard);
+	stream->path = p_strdup_printf(replay.pool, "%s/%s.%u", replay.dir,
+				       origin, shard);
+	i_array_init(&stream->failed, 8);
+	stream_state_read(stream);
+}
+
+void replay_streams_init(void)
+{
+	static const struct dovetail_redis_callbacks reader_callbacks = {
+		.ready = streams_reader_ready,
+		.lost = streams_lost,
+	};
+	static const struct dovetail_redis_callbacks writer_callbacks = {
+		.ready = streams_writer_ready,
+		.lost = streams_writer_lost,
+	};
+	unsigned int i, shard;
+
+	i_zero(&streams);
+	i_array_init(&streams.list, 8);
+	streams.payload = buffer_create_dynamic(default_pool, 16384);
+	streams.entry = buffer_create_dynamic(default_pool, 1024);
+	for (i = 0; replay.set.peers[i] != NULL; i++) {
+		for (shard = replay.slot; shard < replay.set.shards;
+		     shard += replay.slots)
+			stream_init(replay.set.peers[i], shard);
+	}
+	if (array_count(&streams.list) == 0)
+		return;
+	streams.reader = dovetail_redis_init(replay.event, &replay.set.redis,
+		replay.redis_password, 0, &reader_callbacks, NULL);
+	streams.writer = dovetail_redis_init(replay.event, &replay.set.redis,
+		replay.redis_password, STREAM_CMD_TIMEOUT_MSECS,
+		&writer_callbacks, NULL);
+	streams.to_idle = timeout_add(STREAM_ACK_IDLE_MSECS, streams_idle,
+				      NULL);
+}
+
+void replay_streams_deinit(void)
+{
+	struct replay_stream *stream;
+
+	timeout_remove(&streams.to_idle);
+	timeout_remove(&streams.to_read);
+	if (streams.reader != NULL)
+		dovetail_redis_deinit(&streams.reader);
+	if (streams.writer != NULL)
+		dovetail_redis_deinit(&streams.writer);
+	array_foreach_modifiable(&streams.list, stream) {
+		i_close_fd(&stream->fd);
+		array_free(&stream->failed);
+		i_free(stream->last_error);
+	}
+	array_free(&streams.list);
+	buffer_free(&streams.payload);
+	buffer_free(&streams.entry);
+}
+
+/* ---- status ---- */
+
+static void report_field(buffer_t *buf, const char *key, const char *value)
+{
+	dovetail_wire_put_str(buf, key);
+	dovetail_wire_put_str(buf, value);
+}
+
+static void stream_report(buffer_t *buf, const struct replay_stream *stream)
+{
+	const char *error = dovetail_redis_last_error(streams.reader);
+	string_t *reasons = t_str_new(64);
+	unsigned int i;
+
+	for (i = 0; i < DOVETAIL_OPEN_RET_COUNT; i++) {
+		if (stream->rejected_by[i] == 0)
+			continue;
+		str_printfa(reasons, "%s%s=%"PRIu64,
+			    str_len(reasons) == 0 ? "" : " ",
+			    dovetail_open_ret_name(i), stream->rejected_by[i]);
+	}
+	if (stream->gaps > 0) {
+		str_printfa(reasons, "%sgap=%"PRIu64,
+			    str_len(reasons) == 0 ? "" : " ", stream->gaps);
+	}
+
+	dovetail_wire_put_num(buf, 11);
+	report_field(buf, "peer", stream->origin);
+	report_field(buf, "shard", t_strdup_printf("%u", stream->shard));
+	report_field(buf, "connection", stream->stopped ?
+		"stopped at an entry of a newer format" :
+		error != NULL ? error : "ok");
+	report_field(buf, "position", t_strdup_printf("%"PRIu64"-%"PRIu64,
+		stream->chain.generation, stream->chain.seq));
+	report_field(buf, "lag", t_strdup_printf("%"PRIu64".%03u",
+		stream->lag_usecs / 1000000,
+		(unsigned int)(stream->lag_usecs / 1000 % 1000)));
+	report_field(buf, "entries", t_strdup_printf("%"PRIu64,
+		stream->entries));
+	report_field(buf, "rejected", t_strdup_printf("%"PRIu64,
+		stream->rejected));
+	report_field(buf, "rejected_reasons", str_c(reasons));
+	report_field(buf, "set_aside", t_strdup_printf("%u",
+		stream->shard == replay.slot ?
+		replay_wanted_count(stream->origin) : 0));
+	report_field(buf, "error", stream->last_error == NULL ? "" :
+		     stream->last_error);
+	report_field(buf, "applied_time", t_strdup_printf("%"PRIdTIME_T,
+		stream->last_applied));
+}
+
+void replay_streams_report(buffer_t *buf)
+{
+	const struct replay_stream *stream;
+
+	dovetail_wire_put_num(buf, array_count(&streams.list));
+	array_foreach(&streams.list, stream) T_BEGIN {
+		stream_report(buf, stream);
+	} T_END;
+}

@@ -1,0 +1,272 @@
+/* Copyright (c) 2026 dovetail authors, LGPL-2.1-or-later, see COPYING */
+
+/* What is lacking here and was asked for. Each thing lacking is one entry, kept
+   in a file too, so that a restart does not forget it: one line
+   "USER TAB ORIGIN TAB GUID TAB PATH" (path's tabs as escapes). */
+
+#include "lib.h"
+#include "array.h"
+#include "buffer.h"
+#include "guid.h"
+#include "ioloop.h"
+#include "istream.h"
+#include "str.h"
+#include "strescape.h"
+#include "dovetail-queue-client.h"
+#include "dovetail-replay.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+#include <sys/stat.h>
+
+/* Ask again when nothing came; doubling. */
+#define WANTED_RETRY_MIN_SECS 5
+#define WANTED_RETRY_MAX_SECS 300
+/* How many questions may be open at once: a replica that lacks a lot fetches it
+   piece by piece, and live changes go on in between. */
+#define WANTED_OPEN_MAX 8
+
+struct wanted {
+	char *user, *origin, *path, *reason;
+	guid_128_t guid;
+	uint32_t uid_next;
+
+	/* 0: not asked yet */
+	time_t asked;
+	unsigned int retry_secs;
+};
+
+static ARRAY(struct wanted) wanted_list;
+static struct timeout *to_wanted;
+static int wanted_fd = -1;
+
+static void wanted_ask(void *context);
+
+static struct wanted *wanted_find(const char *user, const guid_128_t guid)
+{
+	struct wanted *w;
+
+	array_foreach_modifiable(&wanted_list, w) {
+		if (guid_128_equals(w->guid, guid) &&
+		    strcmp(w->user, user) == 0)
+			return w;
+	}
+	return NULL;
+}
+
+static void wanted_free(struct wanted *w)
+{
+	i_free(w->user);
+	i_free(w->origin);
+	i_free(w->path);
+	i_free(w->reason);
+}
+
+static void wanted_save(void)
+{
+	const struct wanted *w;
+	string_t *str = t_str_new(256);
+
+	array_foreach(&wanted_list, w) {
+		str_append_tabescaped(str, w->user);
+		str_append_c(str, '\t');
+		str_append_tabescaped(str, w->origin);
+		str_printfa(str, "\t%s\t", guid_128_to_string(w->guid));
+		str_append_tabescaped(str, w->path);
+		str_append_c(str, '\n');
+	}
+	if (ftruncate(wanted_fd, 0) < 0 ||
+	    pwrite(wanted_fd, str_data(str), str_len(str), 0) !=
+	    (ssize_t)str_len(str)) {
+		e_error(replay.event, "Cannot write %s/wanted.%u: %m",
+			replay.dir, replay.slot);
+	}
+}
+
+static void wanted_load_line(const char *line)
+{
+	const char *const *fields = t_strsplit_tabescaped(line);
+	struct wanted *w;
+	guid_128_t guid;
+
+	if (str_array_length(fields) != 4 ||
+	    guid_128_from_string(fields[2], guid) < 0)
+		return;
+	w = array_append_space(&wanted_list);
+	w->user = i_strdup(fields[0]);
+	w->origin = i_strdup(fields[1]);
+	w->path = i_strdup(fields[3]);
+	w->reason = i_strdup("Not there before the restart");
+	guid_128_copy(w->guid, guid);
+	/* asked with no knowledge of what is here: from the first UID */
+	w->uid_next = 1;
+	w->retry_secs = WANTED_RETRY_MIN_SECS;
+}
+
+void replay_wanted_init(void)
+{
+	struct istream *input;
+	const char *path, *line;
+
+	i_array_init(&wanted_list, 16);
+	path = t_strdup_printf("%s/wanted.%u", replay.dir, replay.slot);
+	wanted_fd = open(path, O_RDWR | O_CREAT, 0600);
+	if (wanted_fd == -1)
+		i_fatal("open(%s) failed: %m", path);
+	input = i_stream_create_fd(wanted_fd, SIZE_MAX);
+	while ((line = i_stream_read_next_line(input)) != NULL) T_BEGIN {
+		wanted_load_line(line);
+	} T_END;
+	i_stream_unref(&input);
+	to_wanted = timeout_add_short(100, wanted_ask, NULL);
+}
+
+void replay_wanted_deinit(void)
+{
+	struct wanted *w;
+
+	timeout_remove(&to_wanted);
+	array_foreach_modifiable(&wanted_list, w)
+		wanted_free(w);
+	array_free(&wanted_list);
+	i_close_fd(&wanted_fd);
+}
+
+/* Put the question into our own log. Returns 0, or -1 and error_r. */
+static int wanted_send(const struct wanted *w, const char **error_r)
+{
+	struct dovetail_queue_batch batch;
+	struct dovetail_change change;
+	buffer_t *buf = t_buffer_create(256);
+	uint64_t deadline = dovetail_monotonic_usecs() +
+		replay.set.ack_timeout_msecs * 1000ULL;
+
+	i_zero(&change);
+	change.kind = DOVETAIL_CHANGE_REQUEST;
+	change.user = w->user;
+	guid_128_copy(change.u.request.guid, w->guid);
+	change.u.request.name = w->path;
+	change.u.request.uid_next = w->uid_next;
+	dovetail_change_encode(buf, &change);
+
+	i_zero(&batch);
+	if (dovetail_queue_client_send(replay.client, &batch,
+				       DOVETAIL_ACK_QUEUED, buf, deadline,
+				       error_r) < 0)
+		return -1;
+	switch (dovetail_queue_client_wait(replay.client, &batch, deadline,
+					   error_r)) {
+	case 0:
+		*error_r = "dovetail-queue did not answer in time";
+		break;
+	case 1:
+		return 0;
+	}
+	dovetail_queue_client_cancel(replay.client, &batch);
+	return -1;
+}
+
+static void wanted_ask(void *context ATTR_UNUSED)
+{
+	struct wanted *w;
+	unsigned int open = 0;
+	time_t next = ioloop_time + WANTED_RETRY_MAX_SECS;
+	const char *error;
+
+	timeout_remove(&to_wanted);
+	array_foreach_modifiable(&wanted_list, w) {
+		if (w->asked != 0 && w->asked + (time_t)w->retry_secs >
+		    ioloop_time)
+			open++;
+	}
+	array_foreach_modifiable(&wanted_list, w) {
+		if (w->asked != 0 && w->asked + (time_t)w->retry_secs >
+		    ioloop_time) {
+			next = I_MIN(next, w->asked + (time_t)w->retry_secs);
+			continue;
+		}
+		if (open >= WANTED_OPEN_MAX) {
+			next = I_MIN(next, ioloop_time + 1);
+			break;
+		}
+		if (w->asked != 0) {
+			w->retry_secs = I_MIN(w->retry_secs * 2,
+					      WANTED_RETRY_MAX_SECS);
+		}
+		T_BEGIN {
+			if (wanted_send(w, &error) < 0) {
+				e_warning(replay.event, "User %s: Cannot ask "
+					  "%s for what is lacking: %s",
+					  w->user, w->origin, error);
+			} else {
+				open++;
+			}
+		} T_END;
+		w->asked = ioloop_time;
+		next = I_MIN(next, w->asked + (time_t)w->retry_secs);
+	}
+	if (array_count(&wanted_list) > 0) {
+		to_wanted = timeout_add(
+			I_MAX(next - ioloop_time, 1) * 1000, wanted_ask, NULL);
+	}
+}
+
+void replay_wanted_add(const char *user, const char *origin,
+		       const guid_128_t guid, const char *path,
+		       uint32_t uid_next, const char *reason)
+{
+	struct wanted *w = wanted_find(user, guid);
+
+	if (w != NULL) {
+		/* the question is open; a later one knows more */
+		w->uid_next = uid_next;
+		return;
+	}
+	e_info(replay.event, "User %s: Asking %s for %s: %s", user, origin,
+	       path[0] == '\0' ? "everything" :
+	       t_strdup_printf("mailbox %s", str_tabescape(path)), reason);
+	w = array_append_space(&wanted_list);
+	w->user = i_strdup(user);
+	w->origin = i_strdup(origin);
+	w->path = i_strdup(path);
+	w->reason = i_strdup(reason);
+	guid_128_copy(w->guid, guid);
+	w->uid_next = uid_next;
+	w->retry_secs = WANTED_RETRY_MIN_SECS;
+	T_BEGIN {
+		wanted_save();
+	} T_END;
+	replay_control_changed();
+	wanted_ask(NULL);
+}
+
+bool replay_wanted_has(const char *user, const guid_128_t guid)
+{
+	return wanted_find(user, guid) != NULL;
+}
+
+void replay_wanted_arrived(const char *user, const guid_128_t guid)
+{
+	struct wanted *w = wanted_find(user, guid);
+
+	if (w == NULL)
+		return;
+	wanted_free(w);
+	array_delete(&wanted_list, array_ptr_to_idx(&wanted_list, w), 1);
+	T_BEGIN {
+		wanted_save();
+	} T_END;
+	replay_control_changed();
+}
+
+unsigned int replay_wanted_count(const char *origin)
+{
+	const struct wanted *w;
+	unsigned int count = 0;
+
+	array_foreach(&wanted_list, w) {
+		if (strcmp(w->origin, origin) == 0)
+			count++;
+	}
+	return count;
+}

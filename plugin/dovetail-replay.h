@@ -1,0 +1,150 @@
+#ifndef DOVETAIL_REPLAY_H
+#define DOVETAIL_REPLAY_H
+
+/* The replay service's own parts. One process ("worker") handles the shards with
+   shard % slots == slot, of every peer. It applies what the peers' logs say to
+   the replicas here, answers the peers' requests from the mailboxes this node is
+   primary for, and sweeps users the queue service names.
+
+     dovetail-replay.c          start, wiring
+     dovetail-replay-stream.c   read, check and acknowledge the peers' logs
+     dovetail-replay-apply.c    one change: whose, allowed, what is lacking
+     dovetail-replay-mailbox.c  ... of one mailbox
+     dovetail-replay-list.c     ... of the list of mailboxes
+     dovetail-replay-users.c    open users and mailboxes
+     dovetail-replay-spool.c    bodies that came ahead of their change
+     dovetail-replay-wanted.c   what is lacking here and was asked for
+     dovetail-replay-control.c  the connection to dovetail-queue */
+
+#include "dovetail-change.h"
+#include "dovetail-settings.h"
+#include "dovetail-keyring.h"
+
+struct mail_user;
+struct mailbox;
+struct mailbox_list;
+struct istream;
+struct mail_storage_service_ctx;
+struct replay_user;
+
+struct replay {
+	struct event *event;
+	pool_t pool;
+	struct dovetail_settings set;
+	struct dovetail_keyring *keyring;
+	/* NULL: none */
+	const char *redis_password;
+	unsigned int slot, slots;
+	/* descriptor of this worker's lock on its slot */
+	int lock_fd;
+	/* STATE_DIR/replay */
+	const char *dir;
+	struct dovetail_queue_client *client;
+};
+/* The one worker this process is. */
+extern struct replay replay;
+
+/* ---- dovetail-replay-users.c ---- */
+
+void replay_users_init(struct mail_storage_service_ctx *storage_service,
+		       bool switch_uids);
+void replay_users_deinit(void);
+/* Open the user, or take the one that is open. The user stays open for the
+   next change. Returns 0, or -1 and error_r (data stack). */
+int replay_user_open(const char *username, struct replay_user **user_r,
+		     const char **error_r);
+/* Done for now: back to the service's own privileges and log prefix. */
+void replay_user_release(struct replay_user **user);
+/* Close the user for good, releasing first: its state is in doubt. */
+void replay_user_close(struct replay_user **user);
+
+struct mail_user *replay_user_mail_user(struct replay_user *user);
+/* Find the replica of a mailbox: under the hinted path, under any name
+   otherwise. The box is open and belongs to the user.
+   Returns 1: found.  0: there is none.  -1: failed, error_r (data stack). */
+int replay_user_find_mailbox(struct replay_user *user, const guid_128_t guid,
+			     const char *path, struct mailbox **box_r,
+			     const char **error_r);
+/* Close the mailboxes that are kept open: names are about to change. */
+void replay_user_forget_mailboxes(struct replay_user *user);
+
+/* ---- dovetail-replay-apply.c ---- */
+
+enum replay_result {
+	/* applied, or had been before */
+	REPLAY_DONE,
+	/* something the change builds upon is not here: it was asked for */
+	REPLAY_LACKING,
+	/* could not be applied: set aside, reported, asked for later */
+	REPLAY_FAILED,
+};
+
+/* Apply one encoded change from a peer's log. Never fails for the stream.
+   error_r (data stack) says what is wrong unless _DONE. */
+enum replay_result
+replay_apply(const char *origin, const void *data, size_t size,
+	     const char **error_r);
+/* Queue the user's tree and what its mailboxes have unqueued. TRUE: all is
+   queued. */
+bool replay_sweep(const char *username);
+
+/* ---- dovetail-replay-mailbox.c, dovetail-replay-list.c ---- */
+
+/* Apply a MAILBOX change. wanted: this state was asked for. */
+enum replay_result
+replay_mailbox(struct replay_user *user, const char *origin,
+	       const struct dovetail_change_mailbox *change, bool wanted,
+	       const char **error_r);
+/* Make the replica of a mailbox, or let an empty one of this name become it.
+   Returns 1: done.  0: another mailbox stands there.  -1: error_r. */
+int replay_mailbox_create(struct replay_user *user, const guid_128_t guid,
+			  const char *path, uint32_t uid_validity,
+			  uint32_t uid_next, const char **error_r);
+
+enum replay_result
+replay_list(struct replay_user *user, const struct dovetail_change_list *change,
+	    const char **error_r);
+enum replay_result
+replay_tree(struct replay_user *user, const char *origin,
+	    const struct dovetail_change_tree *change, const char **error_r);
+
+/* ---- dovetail-replay-spool.c ---- */
+
+void replay_spool_add(const struct dovetail_change_spool *chunk);
+/* The whole body, or NULL when it is not (wholly) here. The stream belongs to
+   the spool. */
+struct istream *
+replay_spool_get(const uint8_t id[DOVETAIL_SPOOL_ID_SIZE], uint64_t size);
+void replay_spool_drop(const uint8_t id[DOVETAIL_SPOOL_ID_SIZE]);
+void replay_spool_deinit(void);
+
+/* ---- dovetail-replay-wanted.c ---- */
+
+void replay_wanted_init(void);
+void replay_wanted_deinit(void);
+/* The mailbox (all zero: the user's tree and all mailboxes) has to come again
+   from origin. Asked for at once if it was not asked for already, and again
+   until replay_wanted_arrived(). */
+void replay_wanted_add(const char *user, const char *origin,
+		       const guid_128_t guid, const char *path,
+		       uint32_t uid_next, const char *reason);
+bool replay_wanted_has(const char *user, const guid_128_t guid);
+void replay_wanted_arrived(const char *user, const guid_128_t guid);
+/* Of the peer origin. */
+unsigned int replay_wanted_count(const char *origin);
+
+/* ---- dovetail-replay-stream.c ---- */
+
+void replay_streams_init(void);
+void replay_streams_deinit(void);
+/* Append this worker's status rows, as DOVETAIL_FRAME_REPORT has them. */
+void replay_streams_report(buffer_t *buf);
+
+/* ---- dovetail-replay-control.c ---- */
+
+void replay_control_init(void);
+void replay_control_deinit(void);
+/* Something of the status changed: report it soon. */
+void replay_control_changed(void);
+
+#endif

@@ -1,0 +1,16 @@
+#ifndef DOVETAIL_SERVICE_H
+#define DOVETAIL_SERVICE_H
+
+/* What both services do at their start, as root. A failure ends the process: it
+   has served nobody yet, and Dovecot's master starts it again, slower each
+   time. */
+
+/* The first line of KEY_DIR/redis.password, or NULL when there is no such file.
+   The caller wipes and frees it. */
+char *dovetail_service_read_password(const char *key_dir);
+
+/* Make sure that the directory exists, with this mode and owner. */
+void dovetail_service_make_dir(const char *path, mode_t mode, uid_t uid,
+			       gid_t gid);
+
+#endif

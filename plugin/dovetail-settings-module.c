@@ -1,0 +1,107 @@
+/* Copyright (c) 2026 dovetail authors, LGPL-2.1-or-later, see COPYING */
+
+/* Lets Dovecot 2.3 check the dovetail_* settings when it starts, and doveconf
+   when it is asked. On 2.3 they are strings in plugin { }, which Dovecot does
+   not look into: without this module a wrong setting would show only when the
+   first user logs in.
+
+   Dovecot's config process loads it from modules/settings. The module adds a
+   settings root of its own that sees plugin { } as well; it owns no setting,
+   and no process asks for it. */
+
+#include "lib.h"
+#include "array.h"
+#include "settings-parser.h"
+#include "str-sanitize.h"
+#include "dovetail-settings.h"
+
+struct dovetail_module_settings {
+	/* key, value, key, value, ... */
+	ARRAY(const char *) plugin_envs;
+};
+
+extern const char *dovetail_settings_version;
+extern const struct setting_parser_info *dovetail_settings_set_roots[];
+
+static const char *dovetail_module_settings_get(void *context, const char *name)
+{
+	const struct dovetail_module_settings *set = context;
+	const char *const *envs;
+	unsigned int i, count;
+
+	envs = array_get(&set->plugin_envs, &count);
+	for (i = 0; i + 1 < count; i += 2) {
+		if (strcmp(envs[i], name) == 0)
+			return envs[i + 1];
+	}
+	return NULL;
+}
+
+static bool
+dovetail_module_settings_check(void *_set, pool_t pool ATTR_UNUSED,
+			       const char **error_r)
+{
+	struct dovetail_module_settings *set = _set;
+	struct dovetail_settings parsed;
+	const char *const *envs;
+	unsigned int i, count;
+	bool any = FALSE;
+	pool_t parse_pool;
+	int ret;
+
+	if (!array_is_created(&set->plugin_envs))
+		return TRUE;
+
+	envs = array_get(&set->plugin_envs, &count);
+	for (i = 0; i + 1 < count; i += 2) {
+		if (!str_begins(envs[i], "dovetail_"))
+			continue;
+		if (!dovetail_setting_name_is_known(envs[i])) {
+			*error_r = t_strdup_printf(
+				"%s: dovetail has no such setting",
+				str_sanitize(envs[i], 128));
+			return FALSE;
+		}
+		if (envs[i + 1][0] != '\0')
+			any = TRUE;
+	}
+	if (!any)
+		return TRUE;
+
+	/* base_dir is not known here, and nothing depends on it */
+	parse_pool = pool_alloconly_create("dovetail settings check", 1024);
+	ret = dovetail_settings_parse(parse_pool, "",
+				      dovetail_module_settings_get, set,
+				      &parsed, error_r);
+	pool_unref(&parse_pool);
+	return ret == 0;
+}
+
+static const struct setting_define dovetail_module_setting_defines[] = {
+	{ .type = SET_STRLIST, .key = "plugin",
+	  .offset = offsetof(struct dovetail_module_settings, plugin_envs) },
+	SETTING_DEFINE_LIST_END
+};
+
+static const struct dovetail_module_settings dovetail_module_default_settings = {
+	.plugin_envs = ARRAY_INIT
+};
+
+static const struct setting_parser_info dovetail_module_setting_parser_info = {
+	.module_name = "dovetail",
+	.defines = dovetail_module_setting_defines,
+	.defaults = &dovetail_module_default_settings,
+
+	.type_offset = SIZE_MAX,
+	.struct_size = sizeof(struct dovetail_module_settings),
+
+	.parent_offset = SIZE_MAX,
+
+	.check_func = dovetail_module_settings_check,
+};
+
+const char *dovetail_settings_version = DOVECOT_ABI_VERSION;
+const struct setting_parser_info *dovetail_settings_set_roots[] = {
+	&dovetail_module_setting_parser_info,
+	NULL
+};

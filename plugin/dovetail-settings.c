@@ -1,0 +1,352 @@
+/* Copyright (c) 2026 dovetail authors, LGPL-2.1-or-later, see COPYING */
+
+#include "lib.h"
+#include "net.h"
+#include "settings-parser.h"
+#include "str-sanitize.h"
+#include "dovetail-node.h"
+#include "dovetail-settings.h"
+
+#define DOVETAIL_DEFAULT_KEY_DIR "/etc/dovecot/dovetail"
+#define DOVETAIL_DEFAULT_STATE_DIR "/var/lib/dovecot/dovetail"
+#define DOVETAIL_DEFAULT_QUEUE_SOCKET "dovetail-queue"
+#define DOVETAIL_DEFAULT_ACK_TIMEOUT "2s"
+#define DOVETAIL_ACK_TIMEOUT_MAX_MSECS (60 * 1000)
+#define DOVETAIL_DEFAULT_SHARDS "4"
+#define DOVETAIL_SHARDS_MAX 64
+#define DOVETAIL_DEFAULT_QUEUE_MAX_SIZE "1G"
+#define DOVETAIL_QUEUE_MAX_SIZE_MIN (16 * 1024 * 1024)
+
+struct dovetail_settings_parser {
+	pool_t pool;
+	const char *base_dir;
+	dovetail_settings_get_t *get;
+	void *context;
+	struct dovetail_settings *set;
+};
+
+/* Parses value into set. value is not "", and the default if the
+   administrator gave none; NULL if there is no default. The error is appended
+   to the setting's name and ": ". */
+typedef int
+dovetail_setting_parse_t(struct dovetail_settings_parser *parser,
+			 const char *value, const char **error_r);
+
+struct dovetail_setting {
+	const char *name;
+	const char *default_value;
+	dovetail_setting_parse_t *parse;
+};
+
+static int
+dovetail_settings_check_node_name(const char *name, const char **error_r)
+{
+	if (dovetail_node_name_is_valid(name))
+		return 0;
+	*error_r = t_strdup_printf(
+		"'%s' is not a node name (1 to %u of a-z 0-9 . -)",
+		str_sanitize(name, 128), DOVETAIL_NODE_NAME_MAX);
+	return -1;
+}
+
+static int
+dovetail_settings_parse_node(struct dovetail_settings_parser *parser,
+			     const char *value, const char **error_r)
+{
+	if (value == NULL) {
+		*error_r = "Not set: dovetail needs this node's name";
+		return -1;
+	}
+	if (dovetail_settings_check_node_name(value, error_r) < 0)
+		return -1;
+	parser->set->node = p_strdup(parser->pool, value);
+	return 0;
+}
+
+static int
+dovetail_settings_parse_peers(struct dovetail_settings_parser *parser,
+			      const char *value, const char **error_r)
+{
+	struct dovetail_settings *set = parser->set;
+	const char *const *peers, *const *other;
+
+	set->peers = (const char *const *)p_strsplit_spaces(
+		parser->pool, value == NULL ? "" : value, " \t");
+	for (peers = set->peers; *peers != NULL; peers++) {
+		if (strchr(*peers, ',') != NULL) {
+			*error_r = "Names are separated by spaces, not commas";
+			return -1;
+		}
+		if (dovetail_settings_check_node_name(*peers, error_r) < 0)
+			return -1;
+		if (strcmp(*peers, set->node) == 0) {
+			*error_r = t_strdup_printf(
+				"'%s' is this node itself (dovetail_node); "
+				"only the others belong here", *peers);
+			return -1;
+		}
+		for (other = set->peers; other != peers; other++) {
+			if (strcmp(*other, *peers) == 0) {
+				*error_r = t_strdup_printf(
+					"'%s' is there twice", *peers);
+				return -1;
+			}
+		}
+	}
+	return 0;
+}
+
+static int
+dovetail_settings_parse_primary(struct dovetail_settings_parser *parser,
+				const char *value, const char **error_r)
+{
+	struct dovetail_settings *set = parser->set;
+
+	if (value == NULL) {
+		*error_r = "Not set: dovetail needs the name of the node "
+			"whose mailboxes are the truth";
+		return -1;
+	}
+	if (strcmp(value, set->node) != 0 &&
+	    !str_array_find(set->peers, value)) {
+		*error_r = t_strdup_printf(
+			"'%s' is neither this node (dovetail_node) nor one of "
+			"dovetail_peers", str_sanitize(value, 128));
+		return -1;
+	}
+	set->primary = p_strdup(parser->pool, value);
+	return 0;
+}
+
+static int
+dovetail_settings_parse_redis(struct dovetail_settings_parser *parser,
+			      const char *value, const char **error_r)
+{
+	if (value == NULL) {
+		*error_r = "Not set: dovetail needs a Redis server, e.g. "
+			"redis://127.0.0.1:6379/0";
+		return -1;
+	}
+	return dovetail_redis_url_parse(parser->pool, value,
+					&parser->set->redis, error_r);
+}
+
+static int
+dovetail_settings_parse_dir(struct dovetail_settings_parser *parser,
+			    const char *value, const char **dir_r,
+			    const char **error_r)
+{
+	if (*value != '/') {
+		*error_r = t_strdup_printf("'%s' does not begin with /",
+					   str_sanitize(value, 128));
+		return -1;
+	}
+	*dir_r = p_strdup(parser->pool, value);
+	return 0;
+}
+
+static int
+dovetail_settings_parse_key_dir(struct dovetail_settings_parser *parser,
+				const char *value, const char **error_r)
+{
+	return dovetail_settings_parse_dir(parser, value,
+					   &parser->set->key_dir, error_r);
+}
+
+static int
+dovetail_settings_parse_state_dir(struct dovetail_settings_parser *parser,
+				  const char *value, const char **error_r)
+{
+	return dovetail_settings_parse_dir(parser, value,
+					   &parser->set->state_dir, error_r);
+}
+
+static int
+dovetail_settings_parse_ack(struct dovetail_settings_parser *parser,
+			    const char *value, const char **error_r)
+{
+	struct dovetail_settings *set = parser->set;
+
+	if (strcmp(value, "local") == 0)
+		set->ack = DOVETAIL_ACK_LOCAL;
+	else if (strcmp(value, "queued") == 0)
+		set->ack = DOVETAIL_ACK_QUEUED;
+	else if (strcmp(value, "applied") == 0)
+		set->ack = DOVETAIL_ACK_APPLIED;
+	else {
+		*error_r = t_strdup_printf(
+			"'%s' is none of local, queued, applied",
+			str_sanitize(value, 128));
+		return -1;
+	}
+	if (set->ack == DOVETAIL_ACK_APPLIED && set->peers[0] == NULL) {
+		*error_r = "applied needs at least one node in dovetail_peers";
+		return -1;
+	}
+	return 0;
+}
+
+static int
+dovetail_settings_parse_ack_timeout(struct dovetail_settings_parser *parser,
+				    const char *value, const char **error_r)
+{
+	unsigned int msecs;
+
+	if (settings_get_time_msecs(value, &msecs, error_r) < 0)
+		return -1;
+	if (msecs == 0 || msecs > DOVETAIL_ACK_TIMEOUT_MAX_MSECS) {
+		*error_r = t_strdup_printf("'%s' is not within 1ms and %us",
+			str_sanitize(value, 128),
+			DOVETAIL_ACK_TIMEOUT_MAX_MSECS / 1000);
+		return -1;
+	}
+	parser->set->ack_timeout_msecs = msecs;
+	return 0;
+}
+
+static int
+dovetail_settings_parse_ack_failure(struct dovetail_settings_parser *parser,
+				    const char *value, const char **error_r)
+{
+	if (strcmp(value, "proceed") == 0)
+		parser->set->ack_refuse = FALSE;
+	else if (strcmp(value, "refuse") == 0)
+		parser->set->ack_refuse = TRUE;
+	else {
+		*error_r = t_strdup_printf("'%s' is none of proceed, refuse",
+					   str_sanitize(value, 128));
+		return -1;
+	}
+	return 0;
+}
+
+static int
+dovetail_settings_parse_shards(struct dovetail_settings_parser *parser,
+			       const char *value, const char **error_r)
+{
+	unsigned int shards;
+
+	if (str_to_uint(value, &shards) < 0 ||
+	    shards == 0 || shards > DOVETAIL_SHARDS_MAX) {
+		*error_r = t_strdup_printf(
+			"'%s' is not a number within 1 and %u",
+			str_sanitize(value, 128), DOVETAIL_SHARDS_MAX);
+		return -1;
+	}
+	parser->set->shards = shards;
+	return 0;
+}
+
+static int
+dovetail_settings_parse_queue_max_size(struct dovetail_settings_parser *parser,
+				       const char *value, const char **error_r)
+{
+	uoff_t size;
+
+	if (settings_get_size(value, &size, error_r) < 0)
+		return -1;
+	if (size < DOVETAIL_QUEUE_MAX_SIZE_MIN) {
+		*error_r = t_strdup_printf(
+			"'%s' is less than %uM (sizes are given as e.g. 1G)",
+			str_sanitize(value, 128),
+			DOVETAIL_QUEUE_MAX_SIZE_MIN / 1024 / 1024);
+		return -1;
+	}
+	parser->set->queue_max_size = size;
+	return 0;
+}
+
+static int
+dovetail_settings_parse_queue_socket(struct dovetail_settings_parser *parser,
+				     const char *value,
+				     const char **error_r ATTR_UNUSED)
+{
+	parser->set->queue_socket = *value == '/' ?
+		p_strdup(parser->pool, value) :
+		p_strdup_printf(parser->pool, "%s/%s", parser->base_dir, value);
+	return 0;
+}
+
+/* In the order in which they are parsed: some need those before them. */
+static const struct dovetail_setting dovetail_setting_list[] = {
+	{ "dovetail_node", NULL, dovetail_settings_parse_node },
+	{ "dovetail_peers", NULL, dovetail_settings_parse_peers },
+	{ "dovetail_primary", NULL, dovetail_settings_parse_primary },
+	{ "dovetail_redis", NULL, dovetail_settings_parse_redis },
+	{ "dovetail_key_dir", DOVETAIL_DEFAULT_KEY_DIR,
+	  dovetail_settings_parse_key_dir },
+	{ "dovetail_state_dir", DOVETAIL_DEFAULT_STATE_DIR,
+	  dovetail_settings_parse_state_dir },
+	{ "dovetail_ack", "queued", dovetail_settings_parse_ack },
+	{ "dovetail_ack_timeout", DOVETAIL_DEFAULT_ACK_TIMEOUT,
+	  dovetail_settings_parse_ack_timeout },
+	{ "dovetail_ack_failure", "proceed",
+	  dovetail_settings_parse_ack_failure },
+	{ "dovetail_shards", DOVETAIL_DEFAULT_SHARDS,
+	  dovetail_settings_parse_shards },
+	{ "dovetail_queue_max_size", DOVETAIL_DEFAULT_QUEUE_MAX_SIZE,
+	  dovetail_settings_parse_queue_max_size },
+	{ "dovetail_queue_socket", DOVETAIL_DEFAULT_QUEUE_SOCKET,
+	  dovetail_settings_parse_queue_socket },
+};
+
+bool dovetail_setting_name_is_known(const char *name)
+{
+	unsigned int i;
+
+	for (i = 0; i < N_ELEMENTS(dovetail_setting_list); i++) {
+		if (strcmp(dovetail_setting_list[i].name, name) == 0)
+			return TRUE;
+	}
+	return FALSE;
+}
+
+bool dovetail_settings_are_set(dovetail_settings_get_t *get, void *context)
+{
+	const char *node = get(context, "dovetail_node");
+
+	return node != NULL && *node != '\0';
+}
+
+static int
+dovetail_settings_parse_one(struct dovetail_settings_parser *parser,
+			    const struct dovetail_setting *setting,
+			    const char **error_r)
+{
+	const char *value = parser->get(parser->context, setting->name);
+	const char *error;
+
+	if (value == NULL || *value == '\0')
+		value = setting->default_value;
+	if (value != NULL && strchr(value, '%') != NULL) {
+		/* Some readers would expand variables and some would not. */
+		error = "Variables (%) cannot be used here";
+	} else if (setting->parse(parser, value, &error) == 0)
+		return 0;
+	*error_r = t_strdup_printf("%s: %s", setting->name, error);
+	return -1;
+}
+
+int dovetail_settings_parse(pool_t pool, const char *base_dir,
+			    dovetail_settings_get_t *get, void *context,
+			    struct dovetail_settings *set_r,
+			    const char **error_r)
+{
+	struct dovetail_settings_parser parser = {
+		.pool = pool,
+		.base_dir = base_dir,
+		.get = get,
+		.context = context,
+		.set = set_r,
+	};
+	unsigned int i;
+
+	i_zero(set_r);
+	for (i = 0; i < N_ELEMENTS(dovetail_setting_list); i++) {
+		if (dovetail_settings_parse_one(&parser,
+						&dovetail_setting_list[i],
+						error_r) < 0)
+			return -1;
+	}
+	return 0;
+}

@@ -1,0 +1,67 @@
+#ifndef DOVETAIL_SETTINGS_H
+#define DOVETAIL_SETTINGS_H
+
+/* Every dovetail_* setting, parsed and checked. On Dovecot 2.3 they stand in
+   plugin { } as strings; where they come from differs per release and is
+   decided by the callers (dovetail-compat.h); what they mean is decided here,
+   once, for the plugin, the services, doveadm and the check at Dovecot's
+   start. */
+
+#include "dovetail-redis.h"
+
+/* keygen needs it before the other settings are complete */
+#define DOVETAIL_KEY_DIR_DEFAULT "/etc/dovecot/dovetail"
+
+enum dovetail_ack_level {
+	DOVETAIL_ACK_LOCAL,
+	DOVETAIL_ACK_QUEUED,
+	DOVETAIL_ACK_APPLIED,
+};
+
+struct dovetail_settings {
+	/* dovetail_node: this node's name */
+	const char *node;
+	/* dovetail_peers: the other nodes' names, NULL-terminated */
+	const char *const *peers;
+	/* dovetail_primary: the node whose mailboxes are the truth; may come
+	   per user from the userdb. Default: none, it must be set. */
+	const char *primary;
+	/* dovetail_redis */
+	struct dovetail_redis_url redis;
+	/* dovetail_key_dir, default DOVETAIL_KEY_DIR_DEFAULT */
+	const char *key_dir;
+	/* dovetail_state_dir, default /var/lib/dovecot/dovetail */
+	const char *state_dir;
+	/* dovetail_ack = local | queued | applied, default queued */
+	enum dovetail_ack_level ack;
+	/* dovetail_ack_timeout, default 2 s, at most 60 s */
+	unsigned int ack_timeout_msecs;
+	/* dovetail_ack_failure = proceed | refuse, default proceed */
+	bool ack_refuse;
+	/* dovetail_shards, 1..64, default 4; the same on all nodes */
+	unsigned int shards;
+	/* dovetail_queue_max_size, bytes of one node's streams in Redis that
+	   no replica has confirmed, default 1G, at least 16M */
+	uoff_t queue_max_size;
+	/* dovetail_queue_socket, default "dovetail-queue" in base_dir */
+	const char *queue_socket;
+};
+
+/* Returns the value of a setting, or NULL when it is not set. */
+typedef const char *dovetail_settings_get_t(void *context, const char *name);
+
+/* TRUE when dovetail is configured at all: dovetail_node is set and not "". */
+bool dovetail_settings_are_set(dovetail_settings_get_t *get, void *context);
+
+/* Parse all settings. Strings are allocated from pool. base_dir is Dovecot's, for
+   the default of queue_socket. Returns 0, or -1 and
+   error_r (data stack): a sentence that starts with the setting's name. */
+int dovetail_settings_parse(pool_t pool, const char *base_dir,
+			    dovetail_settings_get_t *get, void *context,
+			    struct dovetail_settings *set_r,
+			    const char **error_r);
+
+/* name is not a dovetail_* setting we know: for the check at start. */
+bool dovetail_setting_name_is_known(const char *name);
+
+#endif

@@ -1,0 +1,86 @@
+#ifndef DOVETAIL_REDIS_H
+#define DOVETAIL_REDIS_H
+
+/* One connection to Redis on the Dovecot ioloop: connects, authenticates,
+   selects the database, reconnects. hiredis parses the replies; the socket and
+   the order of commands are our own. */
+
+#include "net.h"
+
+struct redisReply;
+struct dovetail_redis;
+
+struct dovetail_redis_url {
+	/* path of a unix socket, or NULL */
+	const char *path;
+	const char *host;
+	in_port_t port;
+	/* NULL: no ACL user */
+	const char *username;
+	unsigned int db;
+	/* what every key starts with; "dovetail:" unless the URL says
+	   otherwise */
+	const char *prefix;
+};
+
+/* Parse dovetail_redis:
+     redis://[USER@]HOST[:PORT][/DB][?prefix=PREFIX]
+     unix:PATH[?user=USER&db=DB&prefix=PREFIX]
+   IPv6 addresses stand in []. A password in the URL is refused: every mail
+   process can read the settings; it belongs into KEY_DIR/redis.password.
+   rediss:// is refused as not supported (yet).
+   Returns 0, or -1 and error_r (data stack). */
+int dovetail_redis_url_parse(pool_t pool, const char *url,
+			     struct dovetail_redis_url *url_r,
+			     const char **error_r);
+
+struct dovetail_redis_callbacks {
+	/* Connected, authenticated, database selected: commands may be sent.
+	   Called after every (re)connect. */
+	void (*ready)(void *context);
+	/* The connection is gone. Commands that had no answer got a NULL reply
+	   just before. Not called for failed connection attempts. */
+	void (*lost)(void *context);
+};
+
+/* Starts connecting at once; retries after 50 ms, doubling to 2 s until a
+   connection has lasted. No callback is called before the ioloop runs. Each failure's
+   reason is logged once with event as error, until it changes or a connection works.
+   A connection attempt, and any command without an answer, is given up after
+   timeout_msecs. 0: commands never (for connections that block in XREAD),
+   connection attempts after 10 s.
+   password may be NULL; kept in memory of our own, wiped at the end. */
+struct dovetail_redis *
+dovetail_redis_init(struct event *event, const struct dovetail_redis_url *url,
+		    const char *password, unsigned int timeout_msecs,
+		    const struct dovetail_redis_callbacks *callbacks,
+		    void *context);
+/* Outstanding commands get their callback with reply NULL. Safe to call from
+   inside a callback. */
+void dovetail_redis_deinit(struct dovetail_redis **redis);
+
+bool dovetail_redis_is_ready(const struct dovetail_redis *redis);
+/* Last error, or NULL while connected. */
+const char *dovetail_redis_last_error(const struct dovetail_redis *redis);
+/* ioloop time of the last state change. */
+time_t dovetail_redis_state_since(const struct dovetail_redis *redis);
+
+/* reply: NULL when the connection was lost before the answer: the command may
+   or may not have been executed. Otherwise valid during the call only; may be
+   an error reply. */
+typedef void dovetail_redis_callback_t(struct redisReply *reply, void *context);
+
+/* Send one command, binary-safe. callback may be NULL. When not ready, the
+   callback is called at once with a NULL reply. The bytes leave when the ioloop runs. */
+void dovetail_redis_command(struct dovetail_redis *redis, unsigned int argc,
+			    const char *const *argv, const size_t *argv_len,
+			    dovetail_redis_callback_t *callback, void *context);
+/* The same from strings, NULL-terminated. */
+void dovetail_redis_commandl(struct dovetail_redis *redis,
+			     dovetail_redis_callback_t *callback, void *context,
+			     const char *arg, ...) ATTR_SENTINEL;
+/* Try to write out now what waits to be sent, without running the ioloop and
+   without blocking. Calls no callback: an error shows when the ioloop runs. */
+void dovetail_redis_flush(struct dovetail_redis *redis);
+
+#endif

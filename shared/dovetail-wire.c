@@ -1,0 +1,824 @@
+/* Copyright (c) 2026 dovetail authors, LGPL-2.1-or-later, see COPYING */
+
+#include "lib.h"
+#include "array.h"
+#include "buffer.h"
+#include "numpack.h"
+#include "mail-types.h"
+#include "dovetail-wire.h"
+
+/* The flags that travel: \Recent and Dovecot's internal bits do not. */
+#define WIRE_MAIL_FLAGS ((uint8_t)MAIL_FLAGS_NONRECENT)
+#define WIRE_MAILBOX_FLAGS (DOVETAIL_MAILBOX_SNAPSHOT | DOVETAIL_MAILBOX_MORE)
+
+/* The smallest encodings, which bound what a claimed count may allocate */
+#define WIRE_KEYWORD_MIN_SIZE 2
+#define WIRE_RANGE_MIN_SIZE 2
+#define WIRE_TREE_MAILBOX_MIN_SIZE (GUID_128_SIZE + 3)
+#define WIRE_SUBSCRIPTION_MIN_SIZE 1
+
+/* ---- primitives ---- */
+
+void dovetail_wire_put_num(buffer_t *buf, uint64_t num)
+{
+	numpack_encode(buf, num);
+}
+
+void dovetail_wire_put_snum(buffer_t *buf, int64_t num)
+{
+	uint64_t twice = (uint64_t)(num < 0 ? -(num + 1) : num) * 2;
+
+	dovetail_wire_put_num(buf, num < 0 ? twice + 1 : twice);
+}
+
+void dovetail_wire_put_u8(buffer_t *buf, uint8_t num)
+{
+	buffer_append_c(buf, num);
+}
+
+void dovetail_wire_put_bytes(buffer_t *buf, const void *data, size_t size)
+{
+	dovetail_wire_put_num(buf, size);
+	buffer_append(buf, data, size);
+}
+
+void dovetail_wire_put_str(buffer_t *buf, const char *str)
+{
+	dovetail_wire_put_bytes(buf, str, strlen(str));
+}
+
+void dovetail_wire_put_guid(buffer_t *buf, const guid_128_t guid)
+{
+	buffer_append(buf, guid, GUID_128_SIZE);
+}
+
+void dovetail_wire_put_uids(buffer_t *buf, const ARRAY_TYPE(seq_range) *uids)
+{
+	const struct seq_range *range;
+	/* the lowest uid that the next range may start with */
+	uint64_t lowest = 1;
+
+	dovetail_wire_put_num(buf, array_count(uids));
+	array_foreach(uids, range) {
+		i_assert(range->seq1 >= lowest && range->seq2 >= range->seq1);
+		dovetail_wire_put_num(buf, range->seq1 - lowest);
+		dovetail_wire_put_num(buf, range->seq2 - range->seq1);
+		lowest = (uint64_t)range->seq2 + 2;
+	}
+}
+
+void dovetail_wire_reader_init(struct dovetail_wire_reader *r,
+			       const void *data, size_t size)
+{
+	i_zero(r);
+	/* a failing get is the only one to return NULL */
+	r->pos = data != NULL ? data : &uchar_nul;
+	r->end = r->pos + size;
+}
+
+static size_t reader_left(const struct dovetail_wire_reader *r)
+{
+	return r->end - r->pos;
+}
+
+static void reader_fail(struct dovetail_wire_reader *r)
+{
+	r->failed = TRUE;
+	r->pos = r->end;
+}
+
+uint64_t dovetail_wire_get_num(struct dovetail_wire_reader *r)
+{
+	const unsigned char *p;
+	uint64_t num = 0;
+	unsigned int shift = 0;
+
+	/* Not numpack_decode(): it takes longer forms also, and reads a byte
+	   past the end of ten bytes that all say there is more. */
+	for (p = r->pos; p != r->end && shift < 64; p++, shift += 7) {
+		if (shift == 63 && *p > 1)
+			break;
+		num |= (uint64_t)(*p & 0x7f) << shift;
+		if ((*p & 0x80) == 0) {
+			if (*p == 0 && shift > 0)
+				break;
+			r->pos = p + 1;
+			return num;
+		}
+	}
+	reader_fail(r);
+	return 0;
+}
+
+uint32_t dovetail_wire_get_num32(struct dovetail_wire_reader *r)
+{
+	uint64_t num = dovetail_wire_get_num(r);
+
+	if (num > UINT32_MAX) {
+		reader_fail(r);
+		return 0;
+	}
+	return num;
+}
+
+int64_t dovetail_wire_get_snum(struct dovetail_wire_reader *r)
+{
+	uint64_t num = dovetail_wire_get_num(r);
+	int64_t half = num >> 1;
+
+	return (num & 1) != 0 ? -half - 1 : half;
+}
+
+uint8_t dovetail_wire_get_u8(struct dovetail_wire_reader *r)
+{
+	if (r->pos == r->end) {
+		reader_fail(r);
+		return 0;
+	}
+	return *r->pos++;
+}
+
+const void *dovetail_wire_get_raw(struct dovetail_wire_reader *r, size_t size)
+{
+	const unsigned char *data = r->pos;
+
+	if (r->failed || size > reader_left(r)) {
+		reader_fail(r);
+		return NULL;
+	}
+	r->pos += size;
+	return data;
+}
+
+const void *dovetail_wire_get_bytes(struct dovetail_wire_reader *r,
+				    size_t *size_r)
+{
+	uint64_t size = dovetail_wire_get_num(r);
+
+	*size_r = 0;
+	if (r->failed || size > reader_left(r)) {
+		reader_fail(r);
+		return NULL;
+	}
+	*size_r = size;
+	return dovetail_wire_get_raw(r, size);
+}
+
+const char *dovetail_wire_get_str(struct dovetail_wire_reader *r, pool_t pool)
+{
+	size_t size;
+	const void *data = dovetail_wire_get_bytes(r, &size);
+
+	if (data == NULL)
+		return "";
+	if (memchr(data, '\0', size) != NULL) {
+		reader_fail(r);
+		return "";
+	}
+	return p_strndup(pool, data, size);
+}
+
+void dovetail_wire_get_guid(struct dovetail_wire_reader *r, guid_128_t guid_r)
+{
+	const void *data = dovetail_wire_get_raw(r, GUID_128_SIZE);
+
+	if (data == NULL)
+		guid_128_empty(guid_r);
+	else
+		memcpy(guid_r, data, GUID_128_SIZE);
+}
+
+void dovetail_wire_get_uids(struct dovetail_wire_reader *r,
+			    ARRAY_TYPE(seq_range) *uids)
+{
+	uint64_t count = dovetail_wire_get_num(r);
+	uint64_t lowest = 1;
+
+	if (count > reader_left(r) / WIRE_RANGE_MIN_SIZE) {
+		reader_fail(r);
+		return;
+	}
+	for (; count > 0; count--) {
+		uint64_t first = lowest + dovetail_wire_get_num32(r);
+		uint64_t last = first + dovetail_wire_get_num32(r);
+
+		if (r->failed || last > UINT32_MAX) {
+			reader_fail(r);
+			return;
+		}
+		seq_range_array_add_range(uids, first, last);
+		lowest = last + 2;
+	}
+}
+
+bool dovetail_wire_reader_done(const struct dovetail_wire_reader *r)
+{
+	return !r->failed && r->pos == r->end;
+}
+
+/* ---- encoding ---- */
+
+static void put_pos(buffer_t *buf, const struct dovetail_log_pos *pos)
+{
+	dovetail_wire_put_num(buf, pos->index_id);
+	dovetail_wire_put_num(buf, pos->file_seq);
+	dovetail_wire_put_num(buf, pos->file_offset);
+}
+
+static void put_append(buffer_t *buf, const struct dovetail_op_append *append)
+{
+	unsigned int i, count = str_array_length(append->keywords);
+
+	dovetail_wire_put_num(buf, append->uid);
+	dovetail_wire_put_str(buf, append->guid);
+	dovetail_wire_put_u8(buf, append->flags & WIRE_MAIL_FLAGS);
+	dovetail_wire_put_num(buf, count);
+	for (i = 0; i < count; i++)
+		dovetail_wire_put_str(buf, append->keywords[i]);
+	dovetail_wire_put_snum(buf, append->received_date);
+	dovetail_wire_put_snum(buf, append->save_date);
+	dovetail_wire_put_str(buf, append->pop3_uidl);
+	dovetail_wire_put_num(buf, append->pop3_order);
+	dovetail_wire_put_num(buf, append->size);
+	dovetail_wire_put_u8(buf, append->source);
+
+	switch (append->source) {
+	case DOVETAIL_BODY_INLINE:
+		buffer_append(buf, append->body, append->size);
+		return;
+	case DOVETAIL_BODY_SPOOL:
+		buffer_append(buf, append->spool_id, DOVETAIL_SPOOL_ID_SIZE);
+		return;
+	case DOVETAIL_BODY_COPY:
+		dovetail_wire_put_guid(buf, append->copy_mailbox_guid);
+		dovetail_wire_put_num(buf, append->copy_uid);
+		return;
+	}
+	i_unreached();
+}
+
+void dovetail_op_encode(buffer_t *buf, const struct dovetail_op *op)
+{
+	dovetail_wire_put_u8(buf, op->type);
+
+	switch (op->type) {
+	case DOVETAIL_OP_APPEND:
+		put_append(buf, &op->append);
+		return;
+	case DOVETAIL_OP_FLAGS:
+		dovetail_wire_put_u8(buf, op->add_flags & WIRE_MAIL_FLAGS);
+		dovetail_wire_put_u8(buf, op->remove_flags & WIRE_MAIL_FLAGS);
+		dovetail_wire_put_uids(buf, &op->uids);
+		return;
+	case DOVETAIL_OP_KEYWORD_ADD:
+	case DOVETAIL_OP_KEYWORD_REMOVE:
+		dovetail_wire_put_str(buf, op->keyword);
+		dovetail_wire_put_uids(buf, &op->uids);
+		return;
+	case DOVETAIL_OP_KEYWORD_RESET:
+	case DOVETAIL_OP_EXPUNGE:
+	case DOVETAIL_OP_EXISTS:
+		dovetail_wire_put_uids(buf, &op->uids);
+		return;
+	}
+	i_unreached();
+}
+
+static void put_mailbox(buffer_t *buf, const struct dovetail_change_mailbox *m)
+{
+	const struct dovetail_op *op;
+
+	dovetail_wire_put_guid(buf, m->guid);
+	dovetail_wire_put_str(buf, m->name);
+	dovetail_wire_put_num(buf, m->uid_validity);
+	dovetail_wire_put_num(buf, m->uid_next);
+	dovetail_wire_put_num(buf, m->highest_modseq);
+	dovetail_wire_put_u8(buf, m->flags);
+	put_pos(buf, &m->from);
+	put_pos(buf, &m->to);
+	if (!array_is_created(&m->ops))
+		return;
+	array_foreach(&m->ops, op)
+		dovetail_op_encode(buf, op);
+}
+
+static void put_list(buffer_t *buf, const struct dovetail_change_list *list)
+{
+	bool renamed = list->action == DOVETAIL_LIST_RENAME;
+	bool has_uids = list->action == DOVETAIL_LIST_CREATE ||
+		list->action == DOVETAIL_LIST_UPDATE;
+
+	dovetail_wire_put_u8(buf, list->action);
+	dovetail_wire_put_guid(buf, list->guid);
+	dovetail_wire_put_str(buf, list->name);
+	dovetail_wire_put_str(buf, renamed ? list->new_name : "");
+	dovetail_wire_put_num(buf, has_uids ? list->uid_validity : 0);
+	dovetail_wire_put_num(buf, has_uids ? list->uid_next : 0);
+}
+
+static void put_tree(buffer_t *buf, const struct dovetail_change_tree *tree)
+{
+	const struct dovetail_tree_mailbox *m;
+	const char *const *name;
+
+	dovetail_wire_put_num(buf, array_count(&tree->mailboxes));
+	array_foreach(&tree->mailboxes, m) {
+		dovetail_wire_put_guid(buf, m->guid);
+		dovetail_wire_put_str(buf, m->name);
+		dovetail_wire_put_num(buf, m->uid_validity);
+		dovetail_wire_put_num(buf, m->uid_next);
+	}
+	dovetail_wire_put_num(buf, array_count(&tree->subscriptions));
+	array_foreach(&tree->subscriptions, name)
+		dovetail_wire_put_str(buf, *name);
+}
+
+void dovetail_change_encode(buffer_t *buf, const struct dovetail_change *change)
+{
+	dovetail_wire_put_u8(buf, change->kind);
+	dovetail_wire_put_str(buf, change->user);
+
+	switch (change->kind) {
+	case DOVETAIL_CHANGE_MAILBOX:
+		put_mailbox(buf, &change->u.mailbox);
+		return;
+	case DOVETAIL_CHANGE_LIST:
+		put_list(buf, &change->u.list);
+		return;
+	case DOVETAIL_CHANGE_TREE:
+		put_tree(buf, &change->u.tree);
+		return;
+	case DOVETAIL_CHANGE_REQUEST:
+		dovetail_wire_put_guid(buf, change->u.request.guid);
+		dovetail_wire_put_str(buf, change->u.request.name);
+		dovetail_wire_put_num(buf, change->u.request.uid_next);
+		return;
+	case DOVETAIL_CHANGE_SPOOL:
+		buffer_append(buf, change->u.spool.id, DOVETAIL_SPOOL_ID_SIZE);
+		dovetail_wire_put_num(buf, change->u.spool.offset);
+		buffer_append(buf, change->u.spool.data, change->u.spool.size);
+		return;
+	case DOVETAIL_CHANGE_HEARTBEAT:
+		return;
+	}
+	i_unreached();
+}
+
+/* ---- decoding ---- */
+
+/* A reader that remembers the first field it could not make sense of. The
+   first failure empties the reader, so what follows ends quickly. */
+struct decoder {
+	struct dovetail_wire_reader r;
+	pool_t pool;
+	/* constant strings */
+	const char *kind, *op, *field, *problem;
+	unsigned int op_idx;
+};
+
+static void invalid(struct decoder *d, const char *field, const char *problem)
+{
+	if (d->field == NULL) {
+		d->field = field;
+		d->problem = problem;
+	}
+	reader_fail(&d->r);
+}
+
+static void check(struct decoder *d, const char *field)
+{
+	if (d->r.failed)
+		invalid(d, field, "is cut off or malformed");
+}
+
+static uint64_t get_num(struct decoder *d, const char *field)
+{
+	uint64_t num = dovetail_wire_get_num(&d->r);
+
+	check(d, field);
+	return num;
+}
+
+static uint32_t get_num32(struct decoder *d, const char *field)
+{
+	uint32_t num = dovetail_wire_get_num32(&d->r);
+
+	check(d, field);
+	return num;
+}
+
+static uint32_t get_uid(struct decoder *d, const char *field)
+{
+	uint32_t uid = get_num32(d, field);
+
+	if (uid == 0)
+		invalid(d, field, "is zero");
+	return uid;
+}
+
+static time_t get_time(struct decoder *d, const char *field)
+{
+	int64_t num = dovetail_wire_get_snum(&d->r);
+	time_t value = num;
+
+	check(d, field);
+	if (value != num)
+		invalid(d, field, "is out of range");
+	return value;
+}
+
+static uint8_t get_u8(struct decoder *d, const char *field)
+{
+	uint8_t num = dovetail_wire_get_u8(&d->r);
+
+	check(d, field);
+	return num;
+}
+
+static uint8_t get_flags(struct decoder *d, const char *field, uint8_t known)
+{
+	uint8_t flags = get_u8(d, field);
+
+	if ((flags & ~known) != 0)
+		invalid(d, field, "has unknown bits");
+	return flags & known;
+}
+
+static const void *get_raw(struct decoder *d, const char *field, size_t size)
+{
+	const void *data = dovetail_wire_get_raw(&d->r, size);
+
+	check(d, field);
+	return data;
+}
+
+static const char *get_str(struct decoder *d, const char *field)
+{
+	const char *str = dovetail_wire_get_str(&d->r, d->pool);
+
+	check(d, field);
+	return str;
+}
+
+static const char *get_filled_str(struct decoder *d, const char *field)
+{
+	const char *str = get_str(d, field);
+
+	if (*str == '\0')
+		invalid(d, field, "is empty");
+	return str;
+}
+
+static void get_guid(struct decoder *d, const char *field, guid_128_t guid_r)
+{
+	dovetail_wire_get_guid(&d->r, guid_r);
+	check(d, field);
+}
+
+/* A count of things of at least min_size bytes each */
+static unsigned int
+get_count(struct decoder *d, const char *field, size_t min_size)
+{
+	uint64_t count = get_num(d, field);
+
+	if (count > reader_left(&d->r) / min_size) {
+		invalid(d, field, "is more than the bytes left can hold");
+		return 0;
+	}
+	return count;
+}
+
+static void
+get_spool_id(struct decoder *d, const char *field,
+	     uint8_t id_r[DOVETAIL_SPOOL_ID_SIZE])
+{
+	const void *data = get_raw(d, field, DOVETAIL_SPOOL_ID_SIZE);
+
+	if (data != NULL)
+		memcpy(id_r, data, DOVETAIL_SPOOL_ID_SIZE);
+}
+
+static void get_pos(struct decoder *d, const char *field,
+		    struct dovetail_log_pos *pos_r)
+{
+	pos_r->index_id = get_num32(d, field);
+	pos_r->file_seq = get_num32(d, field);
+	pos_r->file_offset = get_num32(d, field);
+}
+
+static bool pos_is_zero(const struct dovetail_log_pos *pos)
+{
+	return pos->index_id == 0 && pos->file_seq == 0 &&
+		pos->file_offset == 0;
+}
+
+static void get_keywords(struct decoder *d, const char *const **keywords_r)
+{
+	unsigned int i, count =
+		get_count(d, "keywords", WIRE_KEYWORD_MIN_SIZE);
+	const char **keywords = p_new(d->pool, const char *, count + 1);
+
+	for (i = 0; i < count && !d->r.failed; i++)
+		keywords[i] = get_filled_str(d, "keywords");
+	*keywords_r = keywords;
+}
+
+static void get_body(struct decoder *d, struct dovetail_op_append *append)
+{
+	uint8_t source = get_u8(d, "source");
+
+	append->source = source;
+	switch (source) {
+	case DOVETAIL_BODY_INLINE:
+		if (append->size > DOVETAIL_BODY_INLINE_MAX_SIZE)
+			invalid(d, "body", "is too large to stand here");
+		else
+			append->body = get_raw(d, "body", append->size);
+		return;
+	case DOVETAIL_BODY_SPOOL:
+		get_spool_id(d, "spool_id", append->spool_id);
+		return;
+	case DOVETAIL_BODY_COPY:
+		get_guid(d, "copy_mailbox_guid", append->copy_mailbox_guid);
+		append->copy_uid = get_uid(d, "copy_uid");
+		return;
+	}
+	invalid(d, "source", "is unknown");
+}
+
+static void get_append(struct decoder *d, struct dovetail_op_append *append)
+{
+	append->uid = get_uid(d, "uid");
+	append->guid = get_str(d, "guid");
+	append->flags = get_flags(d, "flags", WIRE_MAIL_FLAGS);
+	get_keywords(d, &append->keywords);
+	append->received_date = get_time(d, "received_date");
+	append->save_date = get_time(d, "save_date");
+	append->pop3_uidl = get_str(d, "pop3_uidl");
+	append->pop3_order = get_num32(d, "pop3_order");
+	append->size = get_num(d, "size");
+	get_body(d, append);
+}
+
+static void get_uids(struct decoder *d, struct dovetail_op *op)
+{
+	p_array_init(&op->uids, d->pool, 1);
+	dovetail_wire_get_uids(&d->r, &op->uids);
+	check(d, "uids");
+	if (op->type != DOVETAIL_OP_EXISTS && array_count(&op->uids) == 0)
+		invalid(d, "uids", "are none");
+}
+
+static void get_op(struct decoder *d, struct dovetail_op *op)
+{
+	uint8_t type;
+
+	d->op = "op";
+	type = get_u8(d, "type");
+	op->type = type;
+	switch (type) {
+	case DOVETAIL_OP_APPEND:
+		d->op = "append";
+		get_append(d, &op->append);
+		return;
+	case DOVETAIL_OP_FLAGS:
+		d->op = "flags";
+		op->add_flags = get_flags(d, "add_flags", WIRE_MAIL_FLAGS);
+		op->remove_flags =
+			get_flags(d, "remove_flags", WIRE_MAIL_FLAGS);
+		get_uids(d, op);
+		return;
+	case DOVETAIL_OP_KEYWORD_ADD:
+	case DOVETAIL_OP_KEYWORD_REMOVE:
+		d->op = type == DOVETAIL_OP_KEYWORD_ADD ?
+			"keyword_add" : "keyword_remove";
+		op->keyword = get_filled_str(d, "keyword");
+		get_uids(d, op);
+		return;
+	case DOVETAIL_OP_KEYWORD_RESET:
+		d->op = "keyword_reset";
+		get_uids(d, op);
+		return;
+	case DOVETAIL_OP_EXPUNGE:
+		d->op = "expunge";
+		get_uids(d, op);
+		return;
+	case DOVETAIL_OP_EXISTS:
+		d->op = "exists";
+		get_uids(d, op);
+		return;
+	}
+	invalid(d, "type", "is unknown");
+}
+
+static void get_ops(struct decoder *d, struct dovetail_change_mailbox *m)
+{
+	bool snapshot = (m->flags & DOVETAIL_MAILBOX_SNAPSHOT) != 0;
+	struct dovetail_op *op;
+
+	while (reader_left(&d->r) > 0) {
+		d->op_idx++;
+		op = array_append_space(&m->ops);
+		get_op(d, op);
+		/* A replica expunges what EXISTS does not name, so it stands
+		   once, in front of a snapshot, or nowhere. */
+		if ((op->type == DOVETAIL_OP_EXISTS) !=
+		    (snapshot && d->op_idx == 1))
+			invalid(d, "type", "is out of place");
+	}
+}
+
+static void get_mailbox(struct decoder *d, struct dovetail_change_mailbox *m)
+{
+	d->kind = "mailbox change";
+	get_guid(d, "guid", m->guid);
+	if (guid_128_is_empty(m->guid))
+		invalid(d, "guid", "is zero");
+	m->name = get_str(d, "name");
+	m->uid_validity = get_num32(d, "uid_validity");
+	m->uid_next = get_num32(d, "uid_next");
+	m->highest_modseq = get_num(d, "highest_modseq");
+	m->flags = get_flags(d, "flags", WIRE_MAILBOX_FLAGS);
+	get_pos(d, "from", &m->from);
+	get_pos(d, "to", &m->to);
+	if (m->flags == DOVETAIL_MAILBOX_MORE)
+		invalid(d, "flags", "have more without snapshot");
+	if ((m->flags & DOVETAIL_MAILBOX_SNAPSHOT) != 0 &&
+	    !pos_is_zero(&m->from))
+		invalid(d, "from", "is not zero in a snapshot");
+	p_array_init(&m->ops, d->pool, 4);
+}
+
+static void get_list(struct decoder *d, struct dovetail_change_list *list)
+{
+	bool guid_given, guid_wanted = FALSE, guid_refused = FALSE;
+	bool renamed = FALSE, has_uids = FALSE;
+	uint8_t action;
+
+	d->kind = "list change";
+	action = get_u8(d, "action");
+	list->action = action;
+	switch (action) {
+	case DOVETAIL_LIST_CREATE:
+	case DOVETAIL_LIST_UPDATE:
+		guid_wanted = has_uids = TRUE;
+		break;
+	case DOVETAIL_LIST_CREATE_DIR:
+	case DOVETAIL_LIST_SUBSCRIBE:
+	case DOVETAIL_LIST_UNSUBSCRIBE:
+		guid_refused = TRUE;
+		break;
+	case DOVETAIL_LIST_DELETE:
+		break;
+	case DOVETAIL_LIST_RENAME:
+		renamed = TRUE;
+		break;
+	default:
+		invalid(d, "action", "is unknown");
+	}
+
+	get_guid(d, "guid", list->guid);
+	guid_given = !guid_128_is_empty(list->guid);
+	if (guid_given ? guid_refused : guid_wanted)
+		invalid(d, "guid", "does not go with the action");
+	list->name = get_filled_str(d, "name");
+	list->new_name = get_str(d, "new_name");
+	if ((*list->new_name != '\0') != renamed)
+		invalid(d, "new_name", "does not go with the action");
+	list->uid_validity = get_num32(d, "uid_validity");
+	list->uid_next = get_num32(d, "uid_next");
+	if (!has_uids && (list->uid_validity != 0 || list->uid_next != 0))
+		invalid(d, "uid_validity", "does not go with the action");
+}
+
+static void get_tree(struct decoder *d, struct dovetail_change_tree *tree)
+{
+	struct dovetail_tree_mailbox *m;
+	const char *name;
+	unsigned int i, count;
+
+	d->kind = "tree change";
+	count = get_count(d, "mailboxes", WIRE_TREE_MAILBOX_MIN_SIZE);
+	p_array_init(&tree->mailboxes, d->pool, I_MAX(count, 1));
+	for (i = 0; i < count && !d->r.failed; i++) {
+		m = array_append_space(&tree->mailboxes);
+		get_guid(d, "mailbox guid", m->guid);
+		m->name = get_filled_str(d, "mailbox name");
+		m->uid_validity = get_num32(d, "mailbox uid_validity");
+		m->uid_next = get_num32(d, "mailbox uid_next");
+	}
+	count = get_count(d, "subscriptions", WIRE_SUBSCRIPTION_MIN_SIZE);
+	p_array_init(&tree->subscriptions, d->pool, I_MAX(count, 1));
+	for (i = 0; i < count && !d->r.failed; i++) {
+		name = get_str(d, "subscription");
+		array_push_back(&tree->subscriptions, &name);
+	}
+}
+
+static void
+get_request(struct decoder *d, struct dovetail_change_request *request)
+{
+	d->kind = "request";
+	get_guid(d, "guid", request->guid);
+	request->name = get_str(d, "name");
+	if (guid_128_is_empty(request->guid) && *request->name != '\0')
+		invalid(d, "name", "is given without guid");
+	request->uid_next = get_num32(d, "uid_next");
+}
+
+static void get_spool(struct decoder *d, struct dovetail_change_spool *spool)
+{
+	d->kind = "spool chunk";
+	get_spool_id(d, "id", spool->id);
+	spool->offset = get_num(d, "offset");
+	spool->size = reader_left(&d->r);
+	if (spool->size == 0)
+		invalid(d, "data", "is missing");
+	else if (spool->size > DOVETAIL_SPOOL_CHUNK_SIZE)
+		invalid(d, "data", "is too large");
+	else if (spool->offset > UINT64_MAX - spool->size)
+		invalid(d, "offset", "is out of range");
+	else
+		spool->data = get_raw(d, "data", spool->size);
+}
+
+static const char *decoder_error(const struct decoder *d)
+{
+	if (d->op == NULL) {
+		return t_strdup_printf("%s: %s %s", d->kind, d->field,
+				       d->problem);
+	}
+	return t_strdup_printf("%s: %s %u: %s %s", d->kind, d->op,
+			       d->op_idx, d->field, d->problem);
+}
+
+static int
+change_decode(pool_t pool, const void *data, size_t size, bool head_only,
+	      struct dovetail_change *change_r, const char **error_r)
+{
+	struct decoder d;
+	uint8_t kind;
+
+	i_zero(change_r);
+	i_zero(&d);
+	d.pool = pool;
+	d.kind = "change";
+	dovetail_wire_reader_init(&d.r, data, size);
+
+	if (size > DOVETAIL_CHANGE_MAX_SIZE)
+		invalid(&d, "size", "is more than allowed");
+	kind = get_u8(&d, "kind");
+	change_r->kind = kind;
+	change_r->user = get_str(&d, "user");
+	if ((*change_r->user == '\0') != (kind == DOVETAIL_CHANGE_HEARTBEAT))
+		invalid(&d, "user", "does not go with the kind");
+
+	switch (kind) {
+	case DOVETAIL_CHANGE_MAILBOX:
+		get_mailbox(&d, &change_r->u.mailbox);
+		if (head_only) {
+			/* the ops are somebody else's business */
+			d.r.pos = d.r.end;
+		}
+		get_ops(&d, &change_r->u.mailbox);
+		break;
+	case DOVETAIL_CHANGE_LIST:
+		get_list(&d, &change_r->u.list);
+		break;
+	case DOVETAIL_CHANGE_TREE:
+		get_tree(&d, &change_r->u.tree);
+		break;
+	case DOVETAIL_CHANGE_REQUEST:
+		get_request(&d, &change_r->u.request);
+		break;
+	case DOVETAIL_CHANGE_SPOOL:
+		get_spool(&d, &change_r->u.spool);
+		break;
+	case DOVETAIL_CHANGE_HEARTBEAT:
+		d.kind = "heartbeat";
+		break;
+	default:
+		invalid(&d, "kind", "is unknown");
+	}
+	if (!d.r.failed && reader_left(&d.r) > 0)
+		invalid(&d, "end", "is followed by more bytes");
+	if (d.r.failed) {
+		*error_r = decoder_error(&d);
+		return -1;
+	}
+	return 0;
+}
+
+int dovetail_change_decode(pool_t pool, const void *data, size_t size,
+			   struct dovetail_change *change_r,
+			   const char **error_r)
+{
+	return change_decode(pool, data, size, FALSE, change_r, error_r);
+}
+
+int dovetail_change_decode_head(pool_t pool, const void *data, size_t size,
+				struct dovetail_change *change_r,
+				const char **error_r)
+{
+	return change_decode(pool, data, size, TRUE, change_r, error_r);
+}

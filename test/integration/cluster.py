@@ -1,0 +1,916 @@
+"""Private Redis and Dovecot servers for the integration tests.
+
+A Cluster is one Redis and any number of Dovecot nodes, each with directories,
+ports, users and keys of its own below one temporary directory; nothing that
+the machine already runs is touched, and every process is ended by its pid.
+
+    with Cluster(["sdbox", "maildir"]) as cluster:
+        user = cluster.user()
+        with user.imap() as session:
+            session.append("INBOX", mail("hello"))
+        user.wait_equal()
+
+DOVETAIL_TEST_KEEP=1 keeps the directory for a look afterwards.
+DOVETAIL_TEST_PLAIN tests the tests, without dovetail: with "same" a single
+node is its own replica, so they must pass; with "apart" the nodes know nothing
+of each other, so they must fail.
+"""
+
+import atexit
+import collections
+import contextlib
+import email.utils
+import imaplib
+import os
+import poplib
+import pwd
+import re
+import shutil
+import signal
+import smtplib
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+
+import view
+
+DOVECOT = os.environ.get("DOVETAIL_TEST_DOVECOT", "/usr/sbin/dovecot")
+DOVEADM = os.environ.get("DOVETAIL_TEST_DOVEADM", "/usr/bin/doveadm")
+LIBEXEC = os.environ.get("DOVETAIL_TEST_LIBEXEC", "/usr/lib/dovecot")
+# owns all virtual users' mail
+MAIL_USER = os.environ.get("DOVETAIL_TEST_MAIL_USER", "nobody")
+PASSWORD = "pw"
+# prepared in each cluster
+USERS = 120
+PLAIN = os.environ.get("DOVETAIL_TEST_PLAIN")
+# how long a replica may take on a busy machine before a test calls it broken
+PATIENCE = float(os.environ.get("DOVETAIL_TEST_PATIENCE", "20"))
+
+# what a mail client or MTA gets when the server goes away under it
+GONE = (OSError, EOFError, imaplib.IMAP4.abort, smtplib.SMTPException,
+        poplib.error_proto)
+
+# Clusters whose logs no test has judged yet (conftest.py does)
+live = []
+
+
+def wait_for(condition, what, timeout=PATIENCE, step=0.02):
+    """Poll until condition() is true and return its value."""
+    deadline = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError("waited %.0f s for %s" % (timeout, what))
+        time.sleep(step)
+
+
+def accepts(address):
+    """A server listens at a (host, port) or at a unix socket's path."""
+    family = socket.AF_INET if isinstance(address, tuple) else socket.AF_UNIX
+    with socket.socket(family) as s:
+        s.settimeout(5)
+        return s.connect_ex(address) == 0
+
+
+_ports = set()
+
+
+def free_port():
+    while True:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        if port not in _ports:
+            _ports.add(port)
+            return port
+
+
+def mail(text, size=0, subject=None):
+    """A small message with CRLF line ends, padded to at least size bytes."""
+    head = ("From: Ann <ann@example.org>\r\nTo: ben@example.org\r\n"
+            "Date: %s\r\nMessage-ID: %s\r\nSubject: %s\r\n\r\n%s\r\n" % (
+                email.utils.formatdate(), email.utils.make_msgid(),
+                subject or text, text)).encode()
+    line = b"x" * 76 + b"\r\n"
+    return head + line * max(0, (size - len(head) + len(line) - 1) // len(line))
+
+
+def children(pid):
+    """Pids of the direct children of pid."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            with open("/proc/%s/stat" % entry) as f:
+                if int(f.read().rpartition(")")[2].split()[1]) == pid:
+                    found.append(int(entry))
+    return found
+
+
+def executable(pid):
+    with contextlib.suppress(OSError):
+        return os.path.basename(os.readlink("/proc/%d/exe" % pid))
+    return ""
+
+
+class Daemon:
+    """A server that runs as a child of this process."""
+
+    def __init__(self):
+        self.process = None
+
+    def spawn(self, argv, ready, output):
+        assert not self.running()
+        env = {k: v for k, v in os.environ.items()
+               if k in ("PATH", "TZ") or k.endswith("SAN_OPTIONS")}
+        with open(output, "ab") as out:
+            self.process = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                env=env, start_new_session=True)
+
+        def up():
+            if self.process.poll() is not None:
+                with open(output, errors="replace") as f:
+                    raise AssertionError("%s does not start: %s" %
+                                         (argv[0], f.read()[-2000:]))
+            return ready()
+        wait_for(up, "%s to start" % argv[0])
+
+    def running(self):
+        return self.process is not None and self.process.poll() is None
+
+    def signal(self, number):
+        self.process.send_signal(number)
+
+    def end(self, number):
+        if self.running():
+            self.signal(number)
+            try:
+                self.process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+                raise AssertionError("%s ignored signal %d" %
+                                     (self.process.args[0], number))
+
+
+class Redis(Daemon):
+    """A private redis-server that keeps what it acknowledged (AOF).
+
+    tcp: reached over loopback, else over a unix socket. The rest is how
+    dovetail shall reach it: ACL user, password, database, key prefix."""
+
+    def __init__(self, directory, tcp=False, username=None, password=None,
+                 db=0, prefix=None):
+        super().__init__()
+        self.dir = directory
+        self.tcp, self.username, self.password = tcp, username, password
+        self.db, self.prefix = db, prefix or "dovetail:"
+        self.port = free_port() if tcp else 0
+        self.socket = os.path.join(directory, "s")
+        os.makedirs(directory, exist_ok=True)
+        os.chmod(directory, 0o755)
+        query = {"prefix": prefix}
+        if tcp:
+            self.url = "redis://%s127.0.0.1:%d/%d" % (
+                username + "@" if username else "", self.port, db)
+        else:
+            self.url = "unix:" + self.socket
+            query.update(user=username, db=db or None)
+        query = "&".join("%s=%s" % kv for kv in query.items() if kv[1])
+        if query:
+            self.url += "?" + query
+        conf = ["port %d" % self.port, "bind 127.0.0.1", "dir " + directory,
+                "unixsocket " + self.socket, "unixsocketperm 777",
+                "appendonly yes", 'save ""', "daemonize no",
+                "logfile " + os.path.join(directory, "log")]
+        if username:
+            conf += ["user default off",
+                     "user %s on >%s ~%s* +@all" % (username, password,
+                                                    self.prefix)]
+        elif password:
+            conf += ["requirepass " + password]
+        self.conf = os.path.join(directory, "conf")
+        with open(self.conf, "w") as f:
+            f.write("\n".join(conf) + "\n")
+
+    def start(self):
+        self.spawn(["redis-server", self.conf],
+                   lambda: "LOADING" not in self.cli("ping", check=False) and
+                   accepts(self.socket), os.path.join(self.dir, "out"))
+
+    def stop(self):
+        self.end(signal.SIGTERM)
+
+    def kill(self):
+        self.end(signal.SIGKILL)
+
+    def wipe(self):
+        """Forget everything, as a Redis without persistence would."""
+        assert not self.running()
+        shutil.rmtree(os.path.join(self.dir, "appendonlydir"), True)
+
+    def pause(self):
+        self.signal(signal.SIGSTOP)
+
+    def resume(self):
+        self.signal(signal.SIGCONT)
+
+    def close(self):
+        if self.running():
+            self.resume()
+            self.kill()
+
+    def cli(self, *args, check=True):
+        argv = ["redis-cli", "-s", self.socket, "-n", str(self.db)]
+        if self.password:
+            argv += ["--no-auth-warning", "-a", self.password]
+        if self.username:
+            argv += ["--user", self.username]
+        done = subprocess.run(argv + list(args), capture_output=True,
+                              text=True, errors="replace")
+        if check:
+            assert done.returncode == 0, done.stderr + done.stdout
+        return done.stdout + done.stderr
+
+    def keys(self):
+        return self.cli("keys", "*").split()
+
+    def entries(self, origin):
+        """How many entries stand in the log streams of a node."""
+        return sum(int(self.cli("xlen", key)) for key in self.keys()
+                   if key.startswith("%slog:%s:" % (self.prefix, origin)))
+
+
+class Refused(Exception):
+    """An IMAP command was answered with NO or BAD; str() is its text."""
+
+
+class Imap(imaplib.IMAP4):
+    """imaplib with a plain way to send any command: do()."""
+
+    def __init__(self, port, user, timeout=60):
+        super().__init__("127.0.0.1", port, timeout)
+        try:
+            self.login(user, PASSWORD)
+        except BaseException:
+            self.shutdown()
+            raise
+        # do() leaves it to the server what is allowed when
+        self.state = "SELECTED"
+
+    def __exit__(self, *exc):
+        # the server may have been killed meanwhile
+        with contextlib.suppress(*GONE):
+            self.logout()
+
+    def do(self, command, *args, wanted=None):
+        """Send a command; str and bytes arguments go as they are (see
+        quote() and literal()). Returns its untagged responses of the type
+        wanted, or the text after OK."""
+        self.untagged_responses = {}
+        word, _, rest = command.partition(" ")
+        args = [a.encode() if isinstance(a, str) else a
+                for a in ((rest,) if rest else ()) + args]
+        status, text = self.xatom(word, *args)
+        if status != "OK":
+            raise Refused("%s %s" % (status, text[0].decode()))
+        if wanted:
+            return self.untagged_responses.get(wanted, [])
+        return text[0].decode()
+
+    def select(self, mailbox="INBOX", how="SELECT"):
+        self.do(how, quote(mailbox))
+
+    def append(self, mailbox, *messages, flags="", date="", binary=False):
+        """One APPEND, a MULTIAPPEND when there are several messages."""
+        parts = [quote(mailbox)]
+        for message in messages:
+            parts += ["(%s)" % flags if flags else "",
+                      '"%s"' % date if date else "",
+                      (b"~" if binary else b"") + literal(message)]
+        return self.do("APPEND", *(p for p in parts if p))
+
+    def messages(self, mailbox, body=True, sequence="1:*"):
+        """{uid: Message} of one mailbox, without changing anything. In
+        flags \\Recent is left out."""
+        self.do("EXAMINE", quote(mailbox))
+        rows = self.do("UID FETCH %s (UID FLAGS INTERNALDATE MODSEQ%s)" % (
+            sequence, " BODY.PEEK[]" if body else ""), wanted="FETCH")
+        return view.parse_fetch(rows)
+
+
+def quote(mailbox):
+    name = view.encode_mutf7(mailbox)
+    return '"%s"' % name.replace("\\", "\\\\").replace('"', '\\"')
+
+
+def literal(data):
+    return b"{%d+}\r\n%s" % (len(data), data)
+
+
+class Node(Daemon):
+    """One Dovecot installation. settings: dovetail's, over the defaults."""
+
+    def __init__(self, name, cluster, mail_format="sdbox", settings=(),
+                 plugin=True, separator="/", namespaces=(), replay_user=None,
+                 replay_workers=4, conf=""):
+        super().__init__()
+        self.name, self.cluster, self.format = name, cluster, mail_format
+        self.settings, self.plugin = dict(settings), plugin
+        self.separator, self.extra_conf = separator, conf
+        # (prefix without separator, format): more private namespaces
+        self.namespaces = namespaces
+        self.replay_user = replay_user or MAIL_USER
+        self.replay_workers = replay_workers
+        self.dir = os.path.join(cluster.dir, name)
+        self.conf = os.path.join(self.dir, "dovecot.conf")
+        self.log = os.path.join(self.dir, "log")
+        self.passwd = os.path.join(self.dir, "users")
+        self.key_dir = os.path.join(self.dir, "keys")
+        self.state_dir = os.path.join(self.dir, "state")
+        self.imap_port, self.pop3_port, self.lmtp_port, self.sieve_port = (
+            free_port() for _ in range(4))
+        self.log_offset = 0
+        self.final_log = None
+        for sub in ("", "mail", "state"):
+            os.makedirs(os.path.join(self.dir, sub))
+            os.chmod(os.path.join(self.dir, sub), 0o755)
+        for path in (self.log, self.passwd):
+            open(path, "w").close()
+        os.chmod(self.passwd, 0o644)
+
+    # -- configuration
+
+    def location(self, mail_format, directory):
+        return "%s:~/%s" % (mail_format, directory)
+
+    def write_conf(self):
+        peers = [n.name for n in self.cluster.nodes if n is not self]
+        settings = {"dovetail_node": self.name,
+                    "dovetail_peers": " ".join(peers),
+                    "dovetail_primary": self.cluster.nodes[0].name,
+                    "dovetail_redis": self.cluster.redis.url
+                    if self.cluster.redis else "",
+                    "dovetail_key_dir": self.key_dir,
+                    "dovetail_state_dir": os.path.join(self.state_dir,
+                                                       "dovetail"),
+                    "dovetail_ack": "queued"}
+        settings.update(self.settings)
+        lines = ["%s = %s" % kv for kv in settings.items()
+                 if kv[1] is not None] if self.plugin else []
+        spaces = [("inbox", "", self.location(self.format, "mail"))]
+        spaces += [(prefix.lower(), prefix + self.separator,
+                    self.location(mail_format, prefix.lower()))
+                   for prefix, mail_format in self.namespaces]
+        text = CONF.format(
+            n=self, base_dir=os.path.join(self.dir, "run"), mail=MAIL_USER,
+            plugins="dovetail" if self.plugin else "",
+            settings="\n  ".join(lines), libexec=LIBEXEC,
+            namespaces="\n".join(NAMESPACE.format(
+                name=name, prefix=prefix, location=location,
+                separator=self.separator, inbox="no" if prefix else "yes")
+                for name, prefix, location in spaces))
+        if self.plugin:
+            text += SERVICES.format(n=self, mail=MAIL_USER, libexec=LIBEXEC,
+                                    queue_mode="0600" if self.replay_user ==
+                                    MAIL_USER else "0666")
+        with open(self.conf, "w") as f:
+            f.write(text + self.extra_conf)
+
+    def keygen(self):
+        self.doveadm("dovetail", "keygen")
+        password = self.cluster.redis.password
+        if password:
+            path = os.path.join(self.key_dir, "redis.password")
+            with open(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600),
+                      "w") as f:
+                f.write(password + "\n")
+
+    def trust(self, other):
+        name = other.name + ".pub"
+        shutil.copy(os.path.join(other.key_dir, name),
+                    os.path.join(self.key_dir, name))
+
+    def add_user(self, name, uid, gid, **fields):
+        home = self.home(name)
+        os.makedirs(home)
+        os.chown(home, uid, gid)
+        extra = " ".join("userdb_%s=%s" % kv for kv in fields.items())
+        line = "%s:{PLAIN}%s:%d:%d::%s::%s\n" % (name, PASSWORD, uid, gid,
+                                                 home, extra)
+        with open(self.passwd, "a") as f:
+            f.write(line)
+
+    def home(self, user):
+        return os.path.join(self.dir, "mail", str(user))
+
+    # -- running
+
+    def start(self):
+        self.write_conf()
+        self.spawn([DOVECOT, "-F", "-c", self.conf], self.greets,
+                   os.path.join(self.dir, "out"))
+
+    def greets(self):
+        with contextlib.suppress(OSError):
+            with socket.create_connection(("127.0.0.1", self.imap_port),
+                                          timeout=1) as s:
+                return s.recv(4) == b"* OK"
+        return False
+
+    def stop(self):
+        self.end(signal.SIGTERM)
+
+    def reload(self):
+        self.write_conf()
+        self.doveadm("reload")
+
+    def kill(self):
+        """As a machine that loses power: no process gets a last word."""
+        pids = children(self.process.pid)
+        self.end(signal.SIGKILL)
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not any(executable(p) for p in pids),
+                 "killed processes to end")
+
+    def restart(self):
+        self.stop()
+        self.start()
+
+    def close(self):
+        if self.running():
+            self.kill()
+        with open(self.log, errors="replace") as f:
+            self.final_log = f.read()
+
+    def pids(self, service=None):
+        """Processes of a service (by executable), all when None."""
+        return [pid for pid in children(self.process.pid)
+                if service in (None, executable(pid))]
+
+    def kill_service(self, service, wait=True):
+        """kill -9 all processes of a service; returns their number. wait:
+        there must be some."""
+        pids = wait_for(lambda: self.pids(service) or not wait,
+                        "a process of %s" % service)
+        if pids is True:
+            return 0
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return len(pids)
+
+    def log_text(self):
+        if self.final_log is not None:
+            return self.final_log
+        with open(self.log, errors="replace") as f:
+            return f.read()
+
+    def wait_log(self, regex, timeout=PATIENCE):
+        """Wait for a line that was logged since the test began."""
+        return wait_for(lambda: re.search(
+            regex, self.log_text()[self.log_offset:]),
+            "%r in the log of %s" % (regex, self.name), timeout)
+
+    # -- ways in
+
+    def doveadm(self, *args, check=True, input=b""):
+        """Run doveadm and return its output; check=False: the
+        CompletedProcess."""
+        done = subprocess.run([DOVEADM, "-c", self.conf, *map(str, args)],
+                              input=input, capture_output=True, timeout=300)
+        if not check:
+            return done
+        if done.returncode != 0:
+            raise RuntimeError("doveadm %s on %s: exit %d: %s" % (
+                " ".join(map(str, args)), self.name, done.returncode,
+                done.stderr.decode(errors="replace")))
+        return done.stdout.decode(errors="replace")
+
+    def imap(self, user, **kwargs):
+        return Imap(self.imap_port, str(user), **kwargs)
+
+    @contextlib.contextmanager
+    def pop3(self, user):
+        """QUIT at the end, which is POP3's commit."""
+        session = poplib.POP3("127.0.0.1", self.pop3_port, timeout=60)
+        try:
+            session.user(str(user))
+            session.pass_(PASSWORD)
+            yield session
+            session.quit()
+        finally:
+            session.close()
+
+    def lmtp(self, users, message):
+        """Deliver; returns {recipient: (code, text)} of the final answers.
+        (smtplib reads only one answer after the data.)"""
+        if isinstance(users, (str, User)):
+            users = [users]
+        users = [str(user) for user in users]
+        with contextlib.closing(smtplib.LMTP("127.0.0.1", self.lmtp_port)) \
+                as session:
+            session.sock.settimeout(60)
+            session.ehlo_or_helo_if_needed()
+            def must(answer, wanted):
+                # such as "421 shutting down"
+                if answer[0] != wanted:
+                    raise smtplib.SMTPServerDisconnected(*answer)
+            must(session.mail("sender@example.org"), 250)
+            answers = {user: session.rcpt(user) for user in users}
+            accepted = [u for u in users if answers[u][0] == 250]
+            if accepted:
+                must(session.docmd("data"), 354)
+                data = smtplib._quote_periods(smtplib._fix_eols(
+                    message.decode("latin-1")).encode("latin-1"))
+                session.send(data + b".\r\n")
+                for user in accepted:
+                    answers[user] = session.getreply()
+        return {u: (code, text.decode())
+                for u, (code, text) in answers.items()}
+
+    def lda(self, user, message, *args, check=True):
+        done = subprocess.run(
+            [os.path.join(LIBEXEC, "dovecot-lda"), "-c", self.conf, "-d",
+             str(user), *args], input=message.replace(b"\r\n", b"\n"),
+            capture_output=True, timeout=60)
+        assert not check or done.returncode == 0, done.stderr.decode()
+        return done.returncode
+
+
+class User:
+    """A mail user of a cluster, seen from the primary and the replicas."""
+
+    def __init__(self, cluster, name, primary, uid, gid):
+        self.cluster, self.name, self.primary = cluster, name, primary
+        self.uid, self.gid = uid, gid
+
+    def __str__(self):
+        return self.name
+
+    @property
+    def replicas(self):
+        return [n for n in self.cluster.nodes if n is not self.primary] or \
+            [self.primary]
+
+    @property
+    def replica(self):
+        return self.replicas[0]
+
+    def imap(self, node=None):
+        return (node or self.primary).imap(self)
+
+    def pop3(self, node=None):
+        return (node or self.primary).pop3(self)
+
+    def lmtp(self, message, node=None):
+        """Deliver, which must work."""
+        answers = (node or self.primary).lmtp([self], message)
+        assert answers[self.name][0] == 250, answers
+
+    def doveadm(self, command, *args, node=None, **kwargs):
+        """doveadm COMMAND -u user ARGS; command: "mailbox create", ..."""
+        return (node or self.primary).doveadm(*command.split(), "-u",
+                                              self.name, *args, **kwargs)
+
+    def sieve(self, script):
+        """Install the active Sieve script on every node."""
+        for node in self.cluster.nodes:
+            self.write(os.path.join(node.home(self), ".dovecot.sieve"),
+                       script.encode())
+
+    def write(self, path, data):
+        """Create a file as the user would, complete or not at all."""
+        temporary = os.path.join(os.path.dirname(path), "..tmp")
+        with open(temporary, "wb") as f:
+            f.write(data)
+        os.chown(temporary, self.uid, self.gid)
+        os.chmod(temporary, 0o600)
+        os.rename(temporary, path)
+
+    def look(self, mailbox="INBOX", node=None, body=True):
+        """{uid: message} as an IMAP client of the replica sees them."""
+        with self.imap(node or self.replica) as session:
+            return session.messages(mailbox, body)
+
+    def flags(self, mailbox="INBOX", node=None):
+        return {uid: set(m.flags)
+                for uid, m in self.look(mailbox, node, False).items()}
+
+    def mailboxes(self, node=None):
+        """Names a client of the replica can select, sorted."""
+        return sorted(view.status(node or self.replica, self))
+
+    def subscriptions(self, node=None):
+        with self.imap(node or self.replica) as session:
+            return sorted(name for _, name in view.list_mailboxes(
+                session, "LSUB"))
+
+    def wait_equal(self, timeout=PATIENCE, bodies=True, ignore=()):
+        """Until each replica holds what the primary holds."""
+        for replica in self.replicas:
+            wait_equal(self, self.primary, replica, timeout, bodies, ignore)
+
+
+def wait_equal(user, primary, replica, timeout=PATIENCE, bodies=True,
+               ignore=()):
+    """Poll, the cheapest question first, until the independent views of both
+    sides agree; else fail with all that differs."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            difference = view.status_differences(
+                view.status(primary, user), view.status(replica, user))
+            for with_bodies in ((False, True) if bodies else (False,)):
+                if not difference:
+                    difference = view.differences(
+                        view.view(primary, user, with_bodies),
+                        view.view(replica, user, with_bodies), ignore)
+        except (RuntimeError, Refused, *GONE) as e:
+            # a mailbox may go away while it is looked at
+            difference = ["%s: %s" % (type(e).__name__, e)]
+        if not difference:
+            return
+        if time.monotonic() > deadline:
+            raise AssertionError(
+                "%s: %s is not equal to primary %s after %.0f s:\n  %s" % (
+                    user, replica.name, primary.name, timeout,
+                    "\n  ".join(difference[:40])))
+        time.sleep(0.02)
+
+
+class Cluster:
+    """formats: mail format per node; nodes are named a, b, c, ... and a is
+    the default primary. settings: dovetail's for all nodes; node_options:
+    {name: Node arguments}; redis: arguments for Redis."""
+
+    def __init__(self, formats=("sdbox", "sdbox"), settings=(), redis=(),
+                 node_options=(), plugin=not PLAIN, start=True, **options):
+        self.dir = tempfile.mkdtemp(prefix="dt-", dir="/tmp")
+        os.chmod(self.dir, 0o755)
+        self.expected = []
+        self.users = []
+        self.redis = Redis(os.path.join(self.dir, "redis"), **dict(redis)) \
+            if plugin else None
+        self.nodes = []
+        node_options = dict(node_options)
+        for name, mail_format in zip("a" if PLAIN == "same" else "abcdefgh",
+                                     formats):
+            arguments = dict(options, **node_options.get(name, {}))
+            arguments["settings"] = dict(settings,
+                                         **arguments.get("settings", {}))
+            node = Node(name, self, mail_format, plugin=plugin, **arguments)
+            setattr(self, name, node)
+            self.nodes.append(node)
+        if PLAIN == "same":
+            self.b = self.c = self.a
+        # users that exist from the start cost no waiting
+        self.prepared = ["u%d" % n for n in range(1, USERS + 1)]
+        account = pwd.getpwnam(MAIL_USER)
+        for node in self.nodes:
+            for name in self.prepared:
+                node.add_user(name, account.pw_uid, account.pw_gid)
+        live.append(self)
+        atexit.register(self.close)
+        for node in self.nodes:
+            node.write_conf()
+        if plugin:
+            self.exchange_keys()
+        if start:
+            self.start()
+
+    def exchange_keys(self):
+        for node in self.nodes:
+            node.keygen()
+        for node in self.nodes:
+            for other in self.nodes:
+                if other is not node:
+                    node.trust(other)
+
+    def start(self):
+        try:
+            if self.redis:
+                self.redis.start()
+            for node in self.nodes:
+                node.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def user(self, primary=None, owner=MAIL_USER, name=None, **fields):
+        """A fresh user on all nodes. primary: a node that is not the
+        default; fields: more userdb fields."""
+        if primary is None and owner == MAIL_USER and not fields and \
+           not name and self.prepared:
+            name, account = self.prepared.pop(0), pwd.getpwnam(owner)
+        else:
+            name, account = self.add_user(primary, owner, name, fields)
+        user = User(self, name, primary or self.nodes[0], account.pw_uid,
+                    account.pw_gid)
+        self.users.append(user)
+        return user
+
+    def add_user(self, primary, owner, name, fields):
+        if primary is not None:
+            fields["dovetail_primary"] = primary.name
+        name = name or "user%d" % len(self.users)
+        account = pwd.getpwnam(owner)
+        for node in self.nodes:
+            node.add_user(name, account.pw_uid, account.pw_gid, **fields)
+        for node in self.nodes:
+            if node.running():
+                # Dovecot looks at a passwd-file only once per second
+                wait_for(lambda: node.doveadm(
+                    "user", name, check=False).returncode == 0, "user")
+        return name, account
+
+    @property
+    def servers(self):
+        return self.nodes + ([self.redis] if self.redis else [])
+
+    def expect_errors(self, *regexes):
+        """The running test may cause log lines that match one of these."""
+        self.expected += regexes
+
+    def close(self):
+        for server in self.servers:
+            with contextlib.suppress(FileNotFoundError):
+                server.close()
+        if not os.environ.get("DOVETAIL_TEST_KEEP"):
+            shutil.rmtree(self.dir, True)
+        atexit.unregister(self.close)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+
+class Memory:
+    """Watches how far processes grow, from /proc, in a thread of its own:
+
+        with Memory(lambda: node.pids()) as memory: ...
+        memory.growth  # {(executable, pid): bytes beyond its first size}
+    """
+
+    def __init__(self, pids):
+        self.pids = pids
+        self.first = {}
+        self.peak = collections.defaultdict(int)
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+
+    def sample(self):
+        for pid in self.pids():
+            with contextlib.suppress(OSError):
+                key = (executable(pid), pid)
+                with open("/proc/%d/status" % pid) as f:
+                    size = {k: int(v) * 1024 for k, v in re.findall(
+                        r"^Vm(RSS|HWM):\s+(\d+) kB", f.read(), re.M)}
+                if key[0] and size:
+                    self.first.setdefault(key, size["RSS"])
+                    self.peak[key] = max(self.peak[key], size["HWM"])
+
+    def run(self):
+        while not self.done.is_set():
+            self.sample()
+            self.done.wait(0.02)
+
+    def __enter__(self):
+        self.sample()
+        # what a process once needed is not this test's doing
+        self.before = dict(self.peak)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exc):
+        self.done.set()
+        self.thread.join()
+        self.sample()
+
+    @property
+    def growth(self):
+        return {key: peak - self.before.get(key, self.first[key])
+                for key, peak in self.peak.items()}
+
+
+NAMESPACE = """
+namespace {name} {{
+  type = private
+  inbox = {inbox}
+  prefix = {prefix}
+  separator = {separator}
+  location = {location}
+}}
+"""
+
+CONF = """# written by the integration tests
+base_dir = {base_dir}
+state_dir = {n.state_dir}
+instance_name = dovetail-test-{n.name}
+log_path = {n.log}
+protocols = imap pop3 lmtp sieve
+listen = 127.0.0.1
+ssl = no
+disable_plaintext_auth = no
+mail_plugins = {plugins}
+mail_max_userip_connections = 100
+first_valid_uid = 1
+auth_failure_delay = 0
+default_vsz_limit = 1G
+lda_mailbox_autocreate = yes
+postmaster_address = postmaster@example.org
+hostname = {n.name}.example.org
+passdb {{
+  driver = passwd-file
+  args = {n.passwd}
+}}
+userdb {{
+  driver = passwd-file
+  args = {n.passwd}
+}}
+plugin {{
+  sieve = file:~/sieve;active=~/.dovecot.sieve
+  {settings}
+}}
+{namespaces}
+protocol lmtp {{
+  mail_plugins = $mail_plugins sieve
+}}
+protocol lda {{
+  mail_plugins = $mail_plugins sieve
+}}
+service imap-login {{
+  service_count = 0
+  inet_listener imap {{
+    port = {n.imap_port}
+  }}
+  inet_listener imaps {{
+    port = 0
+  }}
+}}
+service pop3-login {{
+  service_count = 0
+  inet_listener pop3 {{
+    port = {n.pop3_port}
+  }}
+  inet_listener pop3s {{
+    port = 0
+  }}
+}}
+service managesieve-login {{
+  inet_listener sieve {{
+    port = {n.sieve_port}
+  }}
+}}
+service lmtp {{
+  inet_listener lmtp {{
+    port = {n.lmtp_port}
+  }}
+}}
+service auth {{
+  unix_listener auth-userdb {{
+    mode = 0666
+  }}
+}}
+service stats {{
+  unix_listener stats-writer {{
+    mode = 0666
+  }}
+}}
+"""
+
+SERVICES = """
+service dovetail-queue {{
+  executable = {libexec}/dovetail-queue
+  user = root
+  process_min_avail = 1
+  process_limit = 1
+  client_limit = 10000
+  idle_kill = 4294967295 s
+  unix_listener dovetail-queue {{
+    mode = {queue_mode}
+    user = {mail}
+  }}
+}}
+service dovetail-replay {{
+  executable = {libexec}/dovetail-replay
+  user = {n.replay_user}
+  process_min_avail = {n.replay_workers}
+  process_limit = {n.replay_workers}
+  client_limit = 1
+  idle_kill = 4294967295 s
+  unix_listener dovetail-replay {{
+    mode = 0600
+  }}
+}}
+"""

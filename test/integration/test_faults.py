@@ -1,0 +1,582 @@
+"""Redis, nodes and processes that go away, at rest and under load: mail keeps
+flowing, no mail process waits longer than dovetail_ack_timeout, and what was
+acknowledged stands on every node in the end."""
+
+import contextlib
+import os
+import re
+import threading
+import time
+
+import pytest
+
+import view
+from cluster import GONE, Cluster, Imap, Refused, mail, wait_for
+
+ACK_TIMEOUT = 1
+# of a busy machine, on top of the timeout
+SLACK = 1
+SETTINGS = {"dovetail_ack_timeout": "%ds" % ACK_TIMEOUT}
+# what the nodes may log about the fault that the test makes
+NO_REDIS = r"(?i)redis|could not be queued|not queued"
+# plain Dovecot, when it is reloaded or restarted under load
+RESTARTED = ("auth-master: ", "Failed to lookup user", "anvil",
+             "master.*: (read|write|connect)", "throttling for")
+KILLED = RESTARTED + ("killed with signal 9",
+                      r"(?i)dovetail.*(connect|lost|closed|queue)")
+
+
+@pytest.fixture(scope="module", params=["sdbox-sdbox", "maildir-mdbox"])
+def pair(request):
+    with Cluster(request.param.split("-"), SETTINGS) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def user(pair):
+    """A user who is replicated already."""
+    for server in pair.servers:
+        # an earlier test may have failed half-way
+        if not server.running():
+            server.start()
+    user = pair.user()
+    user.lmtp(mail("before"))
+    user.wait_equal()
+    return user
+
+
+@contextlib.contextmanager
+def at_most(seconds):
+    begin = time.monotonic()
+    yield
+    assert time.monotonic() - begin < seconds + SLACK
+
+
+def work(user, tag=""):
+    """A bit of everything. Nothing may fail, or wait longer than dovetail is
+    allowed to."""
+    with user.imap() as session:
+        def do(command, *args):
+            with at_most(ACK_TIMEOUT):
+                session.do(command, *args)
+        do("CREATE box%s" % tag)
+        do("SUBSCRIBE box%s" % tag)
+        with at_most(ACK_TIMEOUT):
+            session.append("INBOX", mail("one" + tag), mail("two" + tag),
+                           mail("large" + tag, 300000))
+        do("SELECT INBOX")
+        do("STORE 1:* +FLAGS (tag%s)" % tag)
+        do("COPY 2:3 box%s" % tag)
+        do(r"STORE 2 +FLAGS (\Deleted)")
+        do("EXPUNGE")
+        do("RENAME box%s boxed%s" % (tag, tag))
+    with at_most(ACK_TIMEOUT):
+        user.lmtp(mail("three" + tag))
+
+
+def assert_reads_fast(user):
+    """On both nodes, without any waiting."""
+    for node in user.cluster.nodes:
+        with at_most(0), user.imap(node) as session:
+            session.do('LIST "" "*"')
+            session.select("INBOX", "EXAMINE")
+            session.do("FETCH 1:* (FLAGS BODY.PEEK[])")
+
+
+class Writer(threading.Thread):
+    """Writes until it is stopped, and keeps a journal of what the server
+    acknowledged. It reconnects when a server goes away, as clients do."""
+
+    def __init__(self, user, by):
+        super().__init__(daemon=True)
+        self.user, self.by = user, by
+        self.stopped = threading.Event()
+        self.saved, self.flagged, self.expunged = set(), set(), set()
+        self.session = None
+        self.error = None
+        self.n = 0
+        # writes that the server answered with a temporary failure
+        self.deferred = []
+
+    def run(self):
+        try:
+            while not self.stopped.is_set():
+                self.n += 1
+                try:
+                    getattr(self, self.by)("%s-%d" % (self.by, self.n))
+                except Refused as refused:
+                    self.deferred.append(str(refused))
+                except GONE:
+                    self.session = None
+                    self.stopped.wait(0.05)
+        except Exception as e:
+            self.error = e
+
+    def lmtp(self, text):
+        (code, answer), = self.user.primary.lmtp(
+            [self.user], mail(text)).values()
+        if code == 250:
+            self.saved.add(text)
+        else:
+            self.deferred.append(answer)
+            self.stopped.wait(0.05)
+
+    def imap(self, text):
+        if self.session is None:
+            self.session = self.user.imap()
+            self.session.select("INBOX")
+        session = self.session
+        answer = session.append("INBOX", mail(text))
+        self.saved.add(text)
+        uid = re.search(r"APPENDUID \d+ (\d+)", answer)[1]
+        session.do("NOOP")
+        if self.n % 2 == 0:
+            session.do(r"UID STORE %s +FLAGS (\Flagged work)" % uid)
+            self.flagged.add(text)
+        if self.n % 5 == 0:
+            session.do(r"UID STORE %s +FLAGS (\Deleted)" % uid)
+            # from here on nobody knows, until the answer comes
+            self.saved.discard(text)
+            self.flagged.discard(text)
+            session.do("UID EXPUNGE %s" % uid)
+            self.expunged.add(text)
+
+    def wait_progress(self, count=5):
+        """Until count more writes are acknowledged."""
+        def done():
+            assert self.error is None, self.error
+            return len(self.saved) + len(self.expunged)
+        goal = done() + count
+        wait_for(lambda: done() >= goal, "%s to go on" % self.by, 60)
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *exc):
+        self.stopped.set()
+        self.join()
+
+    def check(self, may_defer=False):
+        """All that was acknowledged stands on every node. may_defer: the
+        test ended or reloaded Dovecot itself, which may have refused writes
+        meanwhile; no other fault makes a write fail."""
+        assert self.error is None, self.error
+        assert may_defer or not self.deferred, self.deferred
+        self.user.wait_equal(90)
+        for node in self.user.cluster.nodes:
+            there = {re.search(rb"Subject: (.*)\r\n", m.body)[1].decode(): m
+                     for m in self.user.look("INBOX", node).values()}
+            assert self.saved <= there.keys(), self.saved - there.keys()
+            assert not self.expunged & there.keys()
+            for text in self.flagged:
+                assert {r"\Flagged", "work"} <= there[text].flags
+
+
+# -- Redis
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_redis_down_and_up(pair, user, end):
+    pair.expect_errors(NO_REDIS)
+    getattr(pair.redis, end)()
+    try:
+        work(user)
+        assert_reads_fast(user)
+        time_of_work = time.monotonic()
+    finally:
+        pair.redis.start()
+    user.wait_equal()
+    assert time.monotonic() - time_of_work < 15
+    work(user, "again")
+    user.wait_equal()
+
+
+def test_redis_down_and_up_with_many_users(pair, user):
+    pair.expect_errors(NO_REDIS)
+    users = [pair.user() for _ in range(12)]
+    pair.redis.stop()
+    try:
+        for other in users:
+            other.lmtp(mail("while away"))
+    finally:
+        pair.redis.start()
+    for other in users:
+        other.wait_equal()
+        assert len(other.look()) == 1
+
+
+def test_redis_restarts_under_load(pair, user):
+    pair.expect_errors(NO_REDIS)
+    with Writer(user, "imap") as writer, Writer(user, "lmtp") as other:
+        for end in (pair.redis.stop, pair.redis.kill, pair.redis.kill):
+            writer.wait_progress()
+            end()
+            writer.wait_progress(2)
+            pair.redis.start()
+            other.wait_progress()
+    writer.check()
+    other.check()
+
+
+def test_redis_paused(pair, user):
+    """It answers nothing at all, and the connections stay open."""
+    pair.expect_errors(NO_REDIS)
+    pair.redis.pause()
+    try:
+        work(user)
+        assert_reads_fast(user)
+    finally:
+        pair.redis.resume()
+    user.wait_equal()
+
+
+def test_redis_slow(pair, user):
+    """It stops and goes on all the time."""
+    pair.expect_errors(NO_REDIS)
+    done = threading.Event()
+
+    def stutter():
+        while not done.wait(0.15):
+            pair.redis.pause()
+            done.wait(0.15)
+            pair.redis.resume()
+    thread = threading.Thread(target=stutter)
+    thread.start()
+    try:
+        with Writer(user, "imap") as writer:
+            writer.wait_progress(30)
+    finally:
+        done.set()
+        thread.join()
+        pair.redis.resume()
+    writer.check()
+
+
+@pytest.mark.parametrize("when", ["at-rest", "with-changes-waiting"])
+def test_redis_forgets_everything(pair, user, when):
+    pair.expect_errors(NO_REDIS, r"(?i)dovetail")
+    if when == "with-changes-waiting":
+        pair.b.stop()
+        work(user)
+    pair.redis.stop()
+    pair.redis.wipe()
+    pair.redis.start()
+    if not pair.b.running():
+        pair.b.start()
+    work(user, "after")
+    user.wait_equal(60)
+
+
+def test_redis_absent_at_start(new_cluster):
+    cluster = new_cluster(settings=SETTINGS, start=False)
+    cluster.expect_errors(NO_REDIS)
+    for node in cluster.nodes:
+        node.start()
+    user = cluster.user()
+    work(user)
+    assert_reads_fast(user) if view.status(cluster.b, user) else None
+    cluster.redis.start()
+    user.wait_equal()
+
+
+# -- nodes
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_replica_down_and_up(pair, user, end):
+    getattr(pair.b, end)()
+    work(user)
+    for n in range(30):
+        user.lmtp(mail("while away %d" % n))
+    pair.b.start()
+    user.wait_equal()
+
+
+def test_replica_restarts_under_load(pair, user):
+    pair.expect_errors(*KILLED)
+    with Writer(user, "imap") as writer, Writer(user, "lmtp") as other:
+        for _ in range(2):
+            for end in (pair.b.stop, pair.b.kill):
+                writer.wait_progress()
+                end()
+                writer.wait_progress()
+                pair.b.start()
+    writer.check()
+    other.check()
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_primary_restarts_under_load(pair, user, end):
+    pair.expect_errors(*KILLED)
+    with Writer(user, "imap") as writer, Writer(user, "lmtp") as other:
+        for _ in range(3):
+            writer.wait_progress()
+            other.wait_progress()
+            getattr(pair.a, end)()
+            pair.a.start()
+    writer.check(may_defer=True)
+    other.check(may_defer=True)
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_primary_ends_with_redis_down(pair, user, end):
+    """What could not be queued is remembered over a restart."""
+    pair.expect_errors(NO_REDIS, *KILLED)
+    pair.redis.stop()
+    work(user)
+    getattr(pair.a, end)()
+    pair.a.start()
+    pair.redis.start()
+    user.wait_equal()
+
+
+def test_everything_ends_at_once(pair, user):
+    """As when the power fails for all."""
+    pair.expect_errors(NO_REDIS, *KILLED)
+    with Writer(user, "imap") as writer, Writer(user, "lmtp") as other:
+        writer.wait_progress()
+        for server in (pair.a, pair.redis, pair.b):
+            server.kill()
+        for server in (pair.b, pair.a, pair.redis):
+            server.start()
+        writer.wait_progress()
+    writer.check(may_defer=True)
+    other.check(may_defer=True)
+
+
+@pytest.mark.parametrize("node", "ab")
+def test_reload_under_load(pair, user, node):
+    """Not a single error but Dovecot's own, and nothing is lost."""
+    pair.expect_errors(*RESTARTED)
+    node = getattr(pair, node)
+    with Writer(user, "imap") as writer, Writer(user, "lmtp") as other:
+        for _ in range(4):
+            writer.wait_progress()
+            node.reload()
+    writer.check(may_defer=True)
+    other.check(may_defer=True)
+
+
+# -- single processes
+
+@pytest.mark.parametrize("node,service,by", [
+    ("a", "imap", "imap"), ("a", "lmtp", "lmtp"),
+    ("a", "dovetail-queue", "imap"), ("a", "dovetail-queue", "lmtp"),
+    ("a", "dovetail-replay", "imap"), ("b", "dovetail-queue", "imap"),
+    ("b", "dovetail-replay", "imap"), ("b", "dovetail-replay", "lmtp")],
+    ids=lambda v: v)
+def test_kill_while_writing(pair, user, node, service, by):
+    pair.expect_errors(*KILLED)
+    node = getattr(pair, node)
+    with Writer(user, by) as writer:
+        for _ in range(8):
+            writer.wait_progress(3)
+            node.kill_service(service)
+        writer.wait_progress(3)
+    writer.check()
+
+
+def test_kill_of_all_services_in_turn(pair, user):
+    pair.expect_errors(*KILLED)
+    with Writer(user, "imap") as writer, Writer(user, "lmtp") as other:
+        for node in pair.nodes * 2:
+            for service in ("dovetail-queue", "dovetail-replay", "imap",
+                            "lmtp"):
+                writer.wait_progress(2)
+                node.kill_service(service, wait=False)
+    writer.check()
+    other.check()
+
+
+def test_killed_after_the_last_write(pair, user):
+    """The process dies with its work acknowledged and perhaps not queued, and
+    nobody opens the mailbox any more."""
+    pair.expect_errors(NO_REDIS, *KILLED)
+    pair.redis.pause()
+    try:
+        with user.imap() as session:
+            session.append("INBOX", mail("last"))
+            pair.a.kill_service("imap")
+            pair.a.kill_service("dovetail-queue")
+    finally:
+        pair.redis.resume()
+    replica = user.replica
+    wait_for(lambda: len(user.look("INBOX", replica)) == 2,
+             "the message, without anyone looking at the primary")
+    user.wait_equal()
+
+
+# -- how Redis is reached
+
+@pytest.mark.parametrize("redis", [
+    {"tcp": True}, {"tcp": False}, {"tcp": True, "password": "s3 cret"},
+    {"tcp": False, "password": "s3cret"},
+    {"tcp": True, "username": "dt", "password": "s3cret"},
+    {"tcp": False, "username": "dt", "password": "s3cret"},
+    {"tcp": True, "db": 7}, {"tcp": False, "db": 7},
+    {"tcp": True, "prefix": "mail-"}, {"tcp": False, "prefix": "mail-"},
+    {"tcp": True, "username": "dt", "password": "p", "db": 3,
+     "prefix": "x:y:"},
+    {"tcp": False, "username": "dt", "password": "p", "db": 3,
+     "prefix": "x:y:"}],
+    ids=lambda r: "-".join(k if k != "tcp" else "tcp" if v else "unix"
+                           for k, v in r.items()))
+def test_redis_connection(new_cluster, redis):
+    cluster = new_cluster(redis=redis)
+    user = cluster.user()
+    work(user)
+    user.wait_equal()
+    keys = cluster.redis.keys()
+    assert any(key.startswith(cluster.redis.prefix + "log:a:")
+               for key in keys)
+    assert all(key.startswith(cluster.redis.prefix) for key in keys)
+    assert cluster.redis.cli("info", "keyspace").count("\ndb") == 1 or \
+        redis.get("username")
+
+
+def test_wrong_redis_password(new_cluster):
+    """Mail flows, the log says why the replica gets nothing, and the right
+    password heals it."""
+    cluster = new_cluster(settings=SETTINGS, redis={"password": "right"},
+                          start=False)
+    cluster.expect_errors(NO_REDIS)
+    path = os.path.join(cluster.a.key_dir, "redis.password")
+    with open(path, "w") as f:
+        f.write("wrong\n")
+    cluster.start()
+    user = cluster.user()
+    work(user)
+    cluster.a.wait_log(r"WRONGPASS|invalid (username|password)")
+    assert "wrong" not in cluster.a.log_text().replace("wrongpass", "")
+    with open(path, "w") as f:
+        f.write("right\n")
+    cluster.a.reload()
+    user.wait_equal()
+
+
+def test_redis_sees_only_ciphertext(pair, user):
+    with user.imap() as session:
+        session.do("CREATE Secretfolder")
+        session.append("Secretfolder", mail("Secretbody " * 9), flags="Secretword")
+        session.do("RENAME Secretfolder Othersecret")
+    user.wait_equal()
+    known = [b"ecretfolder", b"ecretbody", b"ecretword", b"thersecret",
+             b"example.org", user.name.encode() + b"\x00"]
+    found = set()
+    for path, _, files in os.walk(pair.redis.dir):
+        for name in files:
+            if name not in ("log", "conf", "out"):
+                with open(os.path.join(path, name), "rb") as f:
+                    data = f.read()
+                found |= {word for word in known if word in data}
+    assert not found
+    assert pair.redis.entries("a") >= 0
+
+
+# -- dovetail_ack and dovetail_ack_failure
+
+def test_ack_queued(pair, user):
+    """When the client has the answer, Redis has the change."""
+    # while a replica is away nothing is trimmed
+    pair.b.stop()
+    with user.imap() as session:
+        for n in range(10):
+            before = pair.redis.entries("a")
+            session.append("INBOX", mail("m%d" % n))
+            assert pair.redis.entries("a") > before
+    before = pair.redis.entries("a")
+    user.lmtp(mail("lmtp"))
+    assert pair.redis.entries("a") > before
+    pair.b.start()
+    user.wait_equal()
+
+
+@pytest.fixture(scope="module")
+def applied():
+    with Cluster(["sdbox", "maildir"], dict(SETTINGS,
+                                            dovetail_ack="applied")) as c:
+        yield c
+
+
+def test_ack_applied(applied):
+    """When the client has the answer, the replica has the change: the very
+    first look sees it."""
+    user = applied.user()
+    with user.imap() as session:
+        session.do("CREATE box")
+        assert "box" in user.mailboxes()
+        session.select("INBOX")
+        for n in range(1, 11):
+            session.append("INBOX", mail("m%d" % n))
+            assert sorted(user.look()) == list(range(1, n + 1))
+            session.do("NOOP")
+            session.do(r"STORE %d +FLAGS (\Flagged)" % n)
+            assert user.flags()[n] == {r"\Flagged"}
+        session.do(r"STORE 2:9 +FLAGS (\Deleted)")
+        session.do("EXPUNGE")
+        assert sorted(user.look()) == [1, 10]
+        session.do("DELETE box")
+        assert "box" not in user.mailboxes()
+    user.lmtp(mail("lmtp"))
+    assert len(user.look()) == 3
+    user.wait_equal()
+
+
+def test_ack_applied_without_replica(applied):
+    """Proceeds after the timeout."""
+    applied.expect_errors(r"(?i)dovetail")
+    user = applied.user()
+    applied.b.stop()
+    work(user)
+    applied.b.start()
+    user.wait_equal()
+
+
+def test_ack_local_waits_for_nothing(new_cluster):
+    cluster = new_cluster(settings={"dovetail_ack": "local",
+                                    "dovetail_ack_timeout": "30s"})
+    cluster.expect_errors(NO_REDIS)
+    user = cluster.user()
+    user.lmtp(mail("before"))
+    user.wait_equal()
+    cluster.redis.pause()
+    try:
+        with at_most(1):
+            with user.imap() as session:
+                for n in range(10):
+                    session.append("INBOX", mail("m%d" % n))
+        with at_most(0):
+            user.lmtp(mail("lmtp"))
+    finally:
+        cluster.redis.resume()
+    user.wait_equal()
+
+
+@pytest.mark.parametrize("ack", ["queued", "applied"])
+def test_ack_failure_refuse(new_cluster, ack):
+    """New mail is deferred while it cannot be protected, and taken again
+    afterwards. Nothing that was refused is in the mailbox."""
+    cluster = new_cluster(settings=dict(SETTINGS, dovetail_ack=ack,
+                                        dovetail_ack_failure="refuse"))
+    cluster.expect_errors(NO_REDIS, "(?i)dovetail", "refused")
+    user = cluster.user()
+    user.lmtp(mail("before"))
+    user.wait_equal()
+    away = cluster.redis if ack == "queued" else cluster.b
+    away.stop()
+
+    def deliver():
+        with at_most(ACK_TIMEOUT):
+            (code, _), = cluster.a.lmtp([user], mail("deferred")).values()
+        return code
+
+    # the first ones may come before the fault is noticed
+    wait_for(lambda: deliver() == 451, "LMTP to be deferred")
+    count = len(user.look("INBOX", cluster.a))
+    assert deliver() == 451
+    with user.imap() as session:
+        with pytest.raises(Refused, match=r"NO \[UNAVAILABLE\]"):
+            session.append("INBOX", mail("refused"))
+        assert len(session.messages("INBOX")) == count
+    away.start()
+    wait_for(lambda: deliver() == 250, "LMTP to be accepted again")
+    user.wait_equal()

@@ -1,0 +1,342 @@
+/* Copyright (c) 2026 dovetail authors, LGPL-2.1-or-later, see COPYING */
+
+#include "lib.h"
+#include "str.h"
+#include "test-common.h"
+#include "dovetail-settings.h"
+
+/* key, value, ..., NULL; later ones win */
+static const char *get_setting(void *context, const char *name)
+{
+	const char *const *pairs = context;
+	const char *value = NULL;
+
+	for (; *pairs != NULL; pairs += 2) {
+		if (strcmp(pairs[0], name) == 0)
+			value = pairs[1];
+	}
+	return value;
+}
+
+#define GOOD_SETTINGS \
+	"dovetail_node", "a", \
+	"dovetail_peers", "b  c-1.example.org ", \
+	"dovetail_primary", "b", \
+	"dovetail_redis", "redis://127.0.0.1"
+
+static int
+parse(const char **pairs, struct dovetail_settings *set_r, const char **error_r)
+{
+	*error_r = NULL;
+	return dovetail_settings_parse(pool_datastack_create(), "/run/dovecot",
+				       get_setting, pairs, set_r, error_r);
+}
+
+static void test_dovetail_settings_defaults(void)
+{
+	const char *pairs[] = { GOOD_SETTINGS, NULL };
+	struct dovetail_settings set;
+	const char *error;
+
+	test_begin("dovetail settings: defaults");
+	test_assert(dovetail_settings_are_set(get_setting, pairs));
+	test_assert(parse(pairs, &set, &error) == 0);
+	test_assert_strcmp(error, NULL);
+	test_assert_strcmp(set.node, "a");
+	test_assert_strcmp(t_strarray_join(set.peers, "|"),
+			   "b|c-1.example.org");
+	test_assert_strcmp(set.primary, "b");
+	test_assert_strcmp(set.redis.host, "127.0.0.1");
+	test_assert(set.redis.port == 6379);
+	test_assert_strcmp(set.key_dir, "/etc/dovecot/dovetail");
+	test_assert_strcmp(set.state_dir, "/var/lib/dovecot/dovetail");
+	test_assert(set.ack == DOVETAIL_ACK_QUEUED);
+	test_assert(set.ack_timeout_msecs == 2000);
+	test_assert(!set.ack_refuse);
+	test_assert(set.shards == 4);
+	test_assert(set.queue_max_size == 1024*1024*1024);
+	test_assert_strcmp(set.queue_socket, "/run/dovecot/dovetail-queue");
+	test_end();
+}
+
+static void test_dovetail_settings_all(void)
+{
+	const char *pairs[] = {
+		GOOD_SETTINGS,
+		"dovetail_primary", "a",
+		"dovetail_redis", "unix:/run/redis.sock?db=3&user=me",
+		"dovetail_key_dir", "/k",
+		"dovetail_state_dir", "/s",
+		"dovetail_ack", "applied",
+		"dovetail_ack_timeout", "500ms",
+		"dovetail_ack_failure", "refuse",
+		"dovetail_shards", "64",
+		"dovetail_queue_max_size", "16M",
+		"dovetail_queue_socket", "/q",
+		"acl", "vfile",
+		NULL
+	};
+	struct dovetail_settings set;
+	const char *error;
+	unsigned int i;
+
+	test_begin("dovetail settings: all");
+	test_assert(parse(pairs, &set, &error) == 0);
+	test_assert_strcmp(error, NULL);
+	test_assert_strcmp(set.primary, "a");
+	test_assert_strcmp(set.redis.path, "/run/redis.sock");
+	test_assert_strcmp(set.redis.username, "me");
+	test_assert(set.redis.db == 3);
+	test_assert_strcmp(set.key_dir, "/k");
+	test_assert_strcmp(set.state_dir, "/s");
+	test_assert(set.ack == DOVETAIL_ACK_APPLIED);
+	test_assert(set.ack_timeout_msecs == 500);
+	test_assert(set.ack_refuse);
+	test_assert(set.shards == 64);
+	test_assert(set.queue_max_size == 16*1024*1024);
+	test_assert_strcmp(set.queue_socket, "/q");
+
+	for (i = 0; pairs[i] != NULL; i += 2) {
+		test_assert_idx(dovetail_setting_name_is_known(pairs[i]) ==
+				str_begins(pairs[i], "dovetail_"), i);
+	}
+	test_assert(!dovetail_setting_name_is_known("dovetail_"));
+	test_assert(!dovetail_setting_name_is_known("dovetail_nodes"));
+	test_assert(!dovetail_setting_name_is_known("DOVETAIL_NODE"));
+	test_end();
+}
+
+static void test_dovetail_settings_unset(void)
+{
+	const char *none[] = { "acl", "vfile", NULL };
+	const char *empty[] = { GOOD_SETTINGS, "dovetail_node", "", NULL };
+	/* an empty value means the default */
+	const char *defaults[] = {
+		GOOD_SETTINGS, "dovetail_ack", "", "dovetail_shards", "",
+		"dovetail_peers", "", "dovetail_primary", "a", NULL
+	};
+	struct dovetail_settings set;
+	const char *error;
+
+	test_begin("dovetail settings: unset");
+	test_assert(!dovetail_settings_are_set(get_setting, none));
+	test_assert(parse(none, &set, &error) < 0);
+	test_assert(!dovetail_settings_are_set(get_setting, empty));
+	test_assert(parse(empty, &set, &error) < 0);
+	test_assert_strcmp(error, "dovetail_node: Not set: dovetail needs "
+			   "this node's name");
+	test_assert(parse(defaults, &set, &error) == 0);
+	test_assert(set.shards == 4 && set.ack == DOVETAIL_ACK_QUEUED);
+	test_assert(set.peers != NULL && set.peers[0] == NULL);
+	test_end();
+}
+
+static void test_dovetail_settings_invalid(void)
+{
+	static const struct {
+		const char *name, *value, *error;
+	} tests[] = {
+		{ "dovetail_node", "A", "'A' is not a node name (1 to 64 of a-z 0-9 . -)" },
+		{ "dovetail_node", "a b", "'a b' is not a node name (1 to 64 of a-z 0-9 . -)" },
+		{ "dovetail_node", "%n", "Variables (%) cannot be used here" },
+		{ "dovetail_peers", "b, c", "Names are separated by spaces, not commas" },
+		{ "dovetail_peers", "b C", "'C' is not a node name (1 to 64 of a-z 0-9 . -)" },
+		{ "dovetail_peers", "b/c", "'b/c' is not a node name (1 to 64 of a-z 0-9 . -)" },
+		{ "dovetail_peers", "b a", "'a' is this node itself (dovetail_node); only the others belong here" },
+		{ "dovetail_peers", "b c b", "'b' is there twice" },
+		{ "dovetail_primary", "", "Not set: dovetail needs the name of the node whose mailboxes are the truth" },
+		{ "dovetail_primary", "d", "'d' is neither this node (dovetail_node) nor one of dovetail_peers" },
+		{ "dovetail_primary", "a b", "'a b' is neither this node (dovetail_node) nor one of dovetail_peers" },
+		{ "dovetail_redis", "", "Not set: dovetail needs a Redis server, e.g. redis://127.0.0.1:6379/0" },
+		{ "dovetail_redis", "localhost", "It must begin with redis:// or unix:" },
+		{ "dovetail_redis", "rediss://localhost", "rediss:// (TLS) is not supported yet" },
+		{ "dovetail_redis", "unix:/%d", "Variables (%) cannot be used here" },
+		{ "dovetail_key_dir", "keys", "'keys' does not begin with /" },
+		{ "dovetail_state_dir", "./x", "'./x' does not begin with /" },
+		{ "dovetail_ack", "foo", "'foo' is none of local, queued, applied" },
+		{ "dovetail_ack", "Queued", "'Queued' is none of local, queued, applied" },
+		{ "dovetail_ack_timeout", "2", "Time interval '2' is missing units (add e.g. 's' for seconds)" },
+		{ "dovetail_ack_timeout", "0", "'0' is not within 1ms and 60s" },
+		{ "dovetail_ack_timeout", "61s", "'61s' is not within 1ms and 60s" },
+		{ "dovetail_ack_timeout", "60001ms", "'60001ms' is not within 1ms and 60s" },
+		{ "dovetail_ack_timeout", "-1s", "Invalid time interval: -1s" },
+		{ "dovetail_ack_failure", "yes", "'yes' is none of proceed, refuse" },
+		{ "dovetail_shards", "0", "'0' is not a number within 1 and 64" },
+		{ "dovetail_shards", "65", "'65' is not a number within 1 and 64" },
+		{ "dovetail_shards", "4x", "'4x' is not a number within 1 and 64" },
+		{ "dovetail_shards", "-1", "'-1' is not a number within 1 and 64" },
+		{ "dovetail_queue_max_size", "15M", "'15M' is less than 16M (sizes are given as e.g. 1G)" },
+		{ "dovetail_queue_max_size", "1", "'1' is less than 16M (sizes are given as e.g. 1G)" },
+		{ "dovetail_queue_max_size", "lots", "Invalid size: lots" },
+	};
+	struct dovetail_settings set;
+	const char *error;
+	unsigned int i;
+
+	test_begin("dovetail settings: invalid");
+	for (i = 0; i < N_ELEMENTS(tests); i++) {
+		const char *pairs[] = {
+			GOOD_SETTINGS, tests[i].name, tests[i].value, NULL
+		};
+		test_assert_idx(parse(pairs, &set, &error) < 0, i);
+		test_assert_strcmp_idx(error, t_strdup_printf(
+			"%s: %s", tests[i].name, tests[i].error), i);
+	}
+
+	const char *alone[] = {
+		GOOD_SETTINGS, "dovetail_primary", "a", "dovetail_peers", "",
+		"dovetail_ack", "applied", NULL
+	};
+	test_assert(parse(alone, &set, &error) < 0);
+	test_assert_strcmp(error, "dovetail_ack: applied needs at least one "
+			   "node in dovetail_peers");
+	test_end();
+}
+
+static void test_dovetail_settings_limits(void)
+{
+	static const char *const good[][2] = {
+		{ "dovetail_ack_timeout", "1ms" },
+		{ "dovetail_ack_timeout", "60s" },
+		{ "dovetail_ack_timeout", "1 min" },
+		{ "dovetail_shards", "1" },
+		{ "dovetail_queue_max_size", "16777216" },
+		{ "dovetail_queue_max_size", "2T" },
+		{ "dovetail_queue_socket", "other" },
+	};
+	struct dovetail_settings set;
+	const char *error;
+	unsigned int i;
+
+	test_begin("dovetail settings: limits");
+	for (i = 0; i < N_ELEMENTS(good); i++) {
+		const char *pairs[] = {
+			GOOD_SETTINGS, good[i][0], good[i][1], NULL
+		};
+		test_assert_idx(parse(pairs, &set, &error) == 0, i);
+		test_assert_strcmp_idx(error, NULL, i);
+	}
+	test_assert_strcmp(set.queue_socket, "/run/dovecot/other");
+	test_end();
+}
+
+static void test_dovetail_redis_url(void)
+{
+	static const struct {
+		const char *url;
+		struct dovetail_redis_url result;
+	} tests[] = {
+		{ "redis://localhost",
+		  { NULL, "localhost", 6379, NULL, 0, "dovetail:" } },
+		{ "redis://redis.example.org:6380/",
+		  { NULL, "redis.example.org", 6380, NULL, 0, "dovetail:" } },
+		{ "redis://me@10.0.0.1:1/15?prefix=x:",
+		  { NULL, "10.0.0.1", 1, "me", 15, "x:" } },
+		{ "redis://[::1]",
+		  { NULL, "::1", 6379, NULL, 0, "dovetail:" } },
+		{ "redis://me@[fe80::1]:65535/1",
+		  { NULL, "fe80::1", 65535, "me", 1, "dovetail:" } },
+		{ "redis://host?prefix={mail}",
+		  { NULL, "host", 6379, NULL, 0, "{mail}" } },
+		{ "unix:/run/redis.sock",
+		  { "/run/redis.sock", NULL, 0, NULL, 0, "dovetail:" } },
+		{ "unix:/a@b:c?user=me&db=2&prefix=p",
+		  { "/a@b:c", NULL, 0, "me", 2, "p" } },
+	};
+	const struct dovetail_redis_url *result;
+	struct dovetail_redis_url url;
+	const char *error;
+	unsigned int i;
+
+	test_begin("dovetail redis url");
+	for (i = 0; i < N_ELEMENTS(tests); i++) {
+		result = &tests[i].result;
+		error = NULL;
+		test_assert_idx(dovetail_redis_url_parse(
+			pool_datastack_create(), tests[i].url, &url,
+			&error) == 0, i);
+		test_assert_strcmp_idx(error, NULL, i);
+		test_assert_strcmp_idx(url.path, result->path, i);
+		test_assert_strcmp_idx(url.host, result->host, i);
+		test_assert_idx(url.port == result->port, i);
+		test_assert_strcmp_idx(url.username, result->username, i);
+		test_assert_idx(url.db == result->db, i);
+		test_assert_strcmp_idx(url.prefix, result->prefix, i);
+	}
+	test_end();
+}
+
+static void test_dovetail_redis_url_invalid(void)
+{
+#define NO_PASSWORD \
+	"A password does not belong into the URL, which every mail process " \
+	"can read; write it into the file redis.password in dovetail_key_dir"
+	static const char *const tests[][2] = {
+		{ "", "It must begin with redis:// or unix:" },
+		{ "REDIS://host", "It must begin with redis:// or unix:" },
+		{ "/run/redis.sock", "It must begin with redis:// or unix:" },
+		{ "rediss://host", "rediss:// (TLS) is not supported yet" },
+		{ "redis://", "Invalid host or port ''" },
+		{ "redis:///1", "Invalid host or port ''" },
+		{ "redis://:6379", "Invalid host or port ':6379'" },
+		{ "redis://host:", "Invalid host or port 'host:'" },
+		{ "redis://host:0", "Invalid host or port 'host:0'" },
+		{ "redis://host:65536", "Invalid host or port 'host:65536'" },
+		{ "redis://ho st", "Invalid host 'ho st'" },
+		{ "redis://ho,st", "Invalid host 'ho,st'" },
+		{ "redis://::1", "An IPv6 address must stand in []" },
+		{ "redis://[::1", "Invalid host or port '[::1'" },
+		{ "redis://[10.0.0.1]", "Invalid IPv6 address '10.0.0.1'" },
+		{ "redis://host/x", "Invalid database number 'x'" },
+		{ "redis://host/-1", "Invalid database number '-1'" },
+		{ "redis://host/65536", "Invalid database number '65536'" },
+		{ "redis://host/1/2", "Invalid database number '1/2'" },
+		{ "redis://host?db=1", "Unknown parameter 'db' (known: prefix)" },
+		{ "redis://host?prefix=", "Invalid prefix ''" },
+		{ "redis://host?prefix=a*", "Invalid prefix 'a*'" },
+		{ "redis://host?prefix=a b", "Invalid prefix 'a b'" },
+		{ "redis://host?prefix=a&prefix=b", "Parameter 'prefix' is given twice" },
+		{ "redis://@host", "Invalid user name ''" },
+		{ "redis://a b@host", "Invalid user name 'a b'" },
+		{ "redis://:secret@host", NO_PASSWORD },
+		{ "redis://me:secret@host", NO_PASSWORD },
+		{ "redis://me:se@ret/?x@host", NO_PASSWORD },
+		{ "redis://me:se@ret@host", NO_PASSWORD },
+		{ "redis://host?password=secret", NO_PASSWORD },
+		{ "unix:/s?password=secret", NO_PASSWORD },
+		{ "unix:/s?user=me:secret", NO_PASSWORD },
+		{ "unix:", "The path after unix: must begin with /" },
+		{ "unix:redis.sock", "The path after unix: must begin with /" },
+		{ "unix:/s?db=", "Invalid database number ''" },
+		{ "unix:/s?user=", "Invalid user name ''" },
+		{ "unix:/s?port=1", "Unknown parameter 'port' (known: user, db, prefix)" },
+	};
+	struct dovetail_redis_url url;
+	const char *error;
+	unsigned int i;
+
+	test_begin("dovetail redis url: invalid");
+	for (i = 0; i < N_ELEMENTS(tests); i++) {
+		error = NULL;
+		test_assert_idx(dovetail_redis_url_parse(
+			pool_datastack_create(), tests[i][0], &url,
+			&error) < 0, i);
+		test_assert_strcmp_idx(error, tests[i][1], i);
+	}
+	test_end();
+}
+
+int main(void)
+{
+	static void (*const test_functions[])(void) = {
+		test_dovetail_settings_defaults,
+		test_dovetail_settings_all,
+		test_dovetail_settings_unset,
+		test_dovetail_settings_invalid,
+		test_dovetail_settings_limits,
+		test_dovetail_redis_url,
+		test_dovetail_redis_url_invalid,
+		NULL
+	};
+	return test_run(test_functions);
+}
