@@ -7,6 +7,7 @@
 #include "array.h"
 #include "mail-storage-private.h"
 #include "mail-index-transaction-private.h"
+#include "mail-index-modseq.h"
 #include "dovetail-compat.h"
 #include "dovetail-plugin.h"
 #include "dovetail-plugin-init.h"
@@ -215,9 +216,13 @@ static void dovetail_mailbox_opened(struct mailbox *box)
 {
 	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
 
-	if (dbox != NULL && dbox->duser->primary && !dbox->internal &&
-	    box->index != NULL)
-		dovetail_position_log_end(box, &dbox->seen);
+	if (dbox == NULL || !dbox->duser->primary || dbox->internal ||
+	    box->index == NULL)
+		return;
+	/* Without tracking, a message shows whatever HIGHESTMODSEQ was when a
+	   client asked first: no replica could promise to show as much. */
+	mail_index_modseq_enable(box->index);
+	dovetail_position_log_end(box, &dbox->seen);
 }
 
 static struct mail_storage_hooks dovetail_hooks = {

@@ -259,7 +259,7 @@ struct dovetail_queue {
 	bool acks_retry;
 
 	struct dovetail_queue_positions *positions;
-	HASH_TABLE(const char *, struct dovetail_queue_user *) users;
+	HASH_TABLE(char *, struct dovetail_queue_user *) users;
 	struct dovetail_queue_user *idle_head, *idle_tail;
 	unsigned int dirty_count;
 	char *marks_error;

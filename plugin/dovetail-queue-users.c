@@ -32,7 +32,6 @@ struct dovetail_queue_user *
 dovetail_queue_user_get(struct dovetail_queue *queue, const char *name)
 {
 	struct dovetail_queue_user *user;
-	const char *key;
 
 	user = hash_table_lookup(queue->users, name);
 	if (user != NULL)
@@ -41,16 +40,13 @@ dovetail_queue_user_get(struct dovetail_queue *queue, const char *name)
 	user->queue = queue;
 	user->name = i_strdup(name);
 	user->shard = dovetail_queue_user_shard(name, queue->logs_count);
-	key = user->name;
-	hash_table_insert(queue->users, key, user);
+	hash_table_insert(queue->users, user->name, user);
 	return user;
 }
 
 static void user_free(struct dovetail_queue_user *user)
 {
-	const char *key = user->name;
-
-	hash_table_remove(user->queue->users, key);
+	hash_table_remove(user->queue->users, user->name);
 	i_free(user->name);
 	i_free(user);
 }
@@ -300,7 +296,7 @@ void dovetail_queue_users_deinit(struct dovetail_queue *queue)
 {
 	struct hash_iterate_context *iter;
 	struct dovetail_queue_user *user;
-	const char *name;
+	char *name;
 	unsigned int i;
 
 	if (!hash_table_is_created(queue->users))

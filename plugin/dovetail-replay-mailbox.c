@@ -665,27 +665,6 @@ static int replay_update_all(struct replay_mailbox_ctx *ctx,
 	return 0;
 }
 
-/* Raise HIGHESTMODSEQ so that what follows gets at least the origin's value. */
-static int replay_raise_modseq(struct replay_mailbox_ctx *ctx)
-{
-	struct mail_index_view *view = mail_index_view_open(ctx->box->index);
-	struct mail_index_transaction *trans;
-	uint64_t highest = mail_index_modseq_get_highest(view);
-	int ret = 0;
-
-	if (highest + 1 < ctx->change->highest_modseq) {
-		trans = mail_index_transaction_begin(view,
-			MAIL_INDEX_TRANSACTION_FLAG_EXTERNAL);
-		mail_index_update_highest_modseq(trans,
-			ctx->change->highest_modseq - 1);
-		ret = mail_index_transaction_commit(&trans);
-		if (ret < 0)
-			ctx->error = dovetail_index_error(ctx->box->index);
-	}
-	mail_index_view_close(&view);
-	return ret;
-}
-
 static int replay_raise_uid_next(struct replay_mailbox_ctx *ctx)
 {
 	struct mailbox_update update;
@@ -709,13 +688,40 @@ static int replay_raise_uid_next(struct replay_mailbox_ctx *ctx)
 
 /* ---- all together ---- */
 
+/* Raise HIGHESTMODSEQ to the origin's: what follows gets more than that. */
+static int replay_raise_modseq(struct replay_mailbox_ctx *ctx)
+{
+	struct mail_index_view *view = mail_index_view_open(ctx->box->index);
+	struct mail_index_transaction *trans;
+	int ret = 0;
+
+	if (mail_index_modseq_get_highest(view) < ctx->change->highest_modseq) {
+		trans = mail_index_transaction_begin(view,
+			MAIL_INDEX_TRANSACTION_FLAG_EXTERNAL);
+		mail_index_update_highest_modseq(trans,
+			ctx->change->highest_modseq);
+		ret = mail_index_transaction_commit(&trans);
+		if (ret < 0)
+			ctx->error = dovetail_index_error(ctx->box->index);
+	}
+	mail_index_view_close(&view);
+	return ret;
+}
+
 static int replay_mailbox_open(struct replay_mailbox_ctx *ctx)
 {
 	struct mailbox_status status;
 	struct mailbox_update update;
 
-	if (mailbox_sync(ctx->box, 0) < 0 ||
-	    mailbox_enable(ctx->box, MAILBOX_FEATURE_CONDSTORE) < 0) {
+	if (mailbox_sync(ctx->box, 0) < 0) {
+		ctx->error = t_strdup(mailbox_get_last_internal_error(ctx->box,
+								      NULL));
+		return -1;
+	}
+	/* in this order: messages get HIGHESTMODSEQ when the tracking starts */
+	if (replay_raise_modseq(ctx) < 0)
+		return -1;
+	if (mailbox_enable(ctx->box, MAILBOX_FEATURE_CONDSTORE) < 0) {
 		ctx->error = t_strdup(mailbox_get_last_internal_error(ctx->box,
 								      NULL));
 		return -1;
@@ -817,8 +823,6 @@ replay_mailbox_apply(struct replay_mailbox_ctx *ctx, bool wanted)
 	result = replay_check_bodies(ctx);
 	if (result != REPLAY_DONE)
 		return result;
-	if (replay_raise_modseq(ctx) < 0)
-		return REPLAY_FAILED;
 
 	saves = array_count(&ctx->appended) > 0;
 	if (saves && replay_save_all(ctx, !updates && exists == NULL) < 0)

@@ -266,13 +266,17 @@ class FakeQueue:
     def __init__(self, path, *sends, hang=False):
         self.sends, self.hang = sends, hang
         self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.settimeout(20)
         self.listener.bind(path)
         self.listener.listen()
         self.thread = threading.Thread(target=self.serve)
 
     def serve(self):
-        connection, _ = self.listener.accept()
-        with connection, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            self.answer(self.listener.accept()[0])
+
+    def answer(self, connection):
+        with connection:
             if self.hang or self.sends:
                 connection.recv(1000)
             for data in self.sends:
@@ -317,32 +321,49 @@ def status_frame(*found):
                                  for k, v in row.items()) for row in found))
 
 
-ROWS = ({"zebra": "1", "node": "a", "last_error": "line\nbreak\ttab \"ü\""},
-        {"peer": "b", "node": "a", "lag_secs": ""})
+ROWS = ({"zebra": "1", "node": "a", "error": "line\nbreak\ttab \"ü\"",
+         "rejected": "0", "position": "1-1"},
+        {"peer": "b", "node": "a", "lag": ""})
 
 
 @pytest.mark.parametrize("formatter", FORMATTERS)
 def test_status_prints_what_it_gets(stopped, tmp_path, formatter):
     """Columns in our order whatever the order of the fields, unknown ones
-    last, nothing that breaks a line."""
+    before the error, nothing that breaks a line."""
     path = str(tmp_path / "s")
     data = welcome + status_frame(*ROWS)
     with FakeQueue(path, data[:3], data[3:70], data[70:]):
         out, _ = dovetail(stopped.a, "status", "-a", path,
                           formatter=formatter)
     if formatter == "json":
-        error = json.loads(out)[0]["last_error"]
+        error = json.loads(out)[0]["error"]
         assert [list(row.values()) for row in json.loads(out)] == [
-            ["a", "-", "-", error, "1"], ["a", "b", "-", "-", "-"]]
+            ["a", "-", "-", "1-1", "0", "1", error],
+            ["a", "b", "-", "-", "-", "-", "-"]]
         assert list(json.loads(out)[0]) == [
-            "node", "peer", "lag_secs", "last_error", "zebra"]
+            "node", "peer", "lag", "position", "rejected", "zebra", "error"]
         assert error.startswith("line") and error.endswith('tab "ü"')
         assert not re.search("[\x00-\x1f]", error)
     else:
         lines = out.rstrip("\n").split("\n")
-        assert len(lines) == {"flow": 2, "pager": 11}.get(formatter, 3)
+        assert len(lines) == {"flow": 2, "pager": 15}.get(formatter, 3)
     if formatter == "tab":
-        assert all(line.count("\t") == 4 for line in lines)
+        assert all(line.count("\t") == 6 for line in lines)
+
+
+def test_status_is_brief_unless_told(stopped, tmp_path):
+    for i, (options, header) in enumerate([
+            ((), ["node", "peer", "lag", "zebra", "error"]),
+            (("-v",), ["node", "peer", "lag", "position", "rejected", "zebra",
+                       "error"])]):
+        path = str(tmp_path / str(i))
+        with FakeQueue(path, welcome + status_frame(*ROWS)):
+            done = subprocess.run(
+                [DOVEADM, *options, "-c", stopped.a.conf, "dovetail",
+                 "status", "-a", path], capture_output=True, text=True,
+                timeout=60)
+        assert done.returncode == 0
+        assert done.stdout.split("\n")[0].split() == header
 
 
 @pytest.mark.parametrize("sends,exit,what", [
