@@ -640,6 +640,26 @@ status_print_headers(const struct status_conn *conn, bool brief,
 	status_add_column(conn, &status_last_column, brief, keys);
 }
 
+/* A long text in the middle would put the columns of the brief table out of
+   line: what is wrong with the connection goes to the error at the end. */
+static const char *
+status_brief_value(const struct status_row *row, const char *key)
+{
+	const char *connection = status_row_get(row, "connection");
+	const char *error = status_row_get(row, "error");
+
+	if (connection == NULL || *connection == '\0' ||
+	    strcmp(connection, "ok") == 0)
+		return status_row_get(row, key);
+	if (strcmp(key, "connection") == 0)
+		return "failed";
+	if (strcmp(key, "error") != 0)
+		return status_row_get(row, key);
+	if (error == NULL || *error == '\0' || strcmp(error, connection) == 0)
+		return connection;
+	return t_strdup_printf("%s; %s", connection, error);
+}
+
 static void status_print(const struct status_conn *conn)
 {
 	const struct status_row *row;
@@ -653,7 +673,8 @@ static void status_print(const struct status_conn *conn)
 	status_print_headers(conn, brief, &keys);
 	array_foreach(&conn->rows, row) {
 		array_foreach_elem(&keys, key) {
-			value = status_row_get(row, key);
+			value = brief ? status_brief_value(row, key) :
+				status_row_get(row, key);
 			doveadm_print(value == NULL || *value == '\0' ?
 				      NO_VALUE :
 				      str_sanitize_utf8(value, SIZE_MAX));

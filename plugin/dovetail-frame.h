@@ -61,11 +61,44 @@ enum dovetail_frame_type {
 	/* num tag, num file_seq, num file_offset (0 0: not known) */
 	DOVETAIL_FRAME_POSITION = 67,
 	/* num tag, num rows, each: num fields, each: str key, str value.
-	   The keys are those of "doveadm dovetail status". */
+	   The keys are below. */
 	DOVETAIL_FRAME_STATUS = 68,
 	/* to a worker: str user: sweep this user, then send SWEPT */
 	DOVETAIL_FRAME_WORK = 69,
 };
+
+/* The keys of STATUS rows, which are those of "doveadm dovetail status". There
+   is one row of the node itself (direction "self"), and for each peer one of what
+   we send to it ("to") and one of what we replay of it ("from"):
+
+     node          this node
+     peer          the other one; "" in "self"
+     direction     "self", "to", "from"
+     role          of this node: "primary" in "to", "replica" in "from"
+     connection    "ok", or what is wrong
+     entries       "self": in Redis, and not confirmed by every peer;
+                   "to": not confirmed by this peer;
+                   "from": applied since the workers started
+     bytes         the same in bytes ("self", "to")
+     lag           age of the oldest such entry ("to"), or how long the last
+                   applied one took ("from"), seconds with three decimals
+     lag_entries   "to": as entries
+     applied       when the entry applied last was sealed ("to") or applied
+                   ("from"), UTC: 2026-01-31T13:00:00.123Z, or ""
+     position      "to": per shard GENERATION-SEQ of that entry
+     rejected      "to": entries of ours that the peer refused, and reports of
+                   the peer that we refused; "from": entries of the peer that
+                   we refused; "self": entries of the ack stream that no peer
+                   had signed
+     rejected_reasons  "from": "REASON=COUNT REASON=COUNT"
+     set_aside     users whose changes could not be applied
+     dirty_users   "self": users who wait for a sweep
+     redis_since   "self": since when Redis is connected, or is not
+     error         the last one, or ""
+
+   The keys of REPORT rows: peer, shard, connection, position, lag, entries,
+   rejected, rejected_reasons, set_aside, error, applied_time (seconds since
+   1970). */
 
 enum dovetail_client_kind {
 	DOVETAIL_CLIENT_MAIL = 0,

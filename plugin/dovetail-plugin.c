@@ -148,8 +148,10 @@ static int dovetail_copy(struct mail_save_context *ctx, struct mail *mail)
 	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(t->box);
 
 	if (dovetail_fence_refuses(t->box) ||
-	    dovetail_fence_unprotected(t->box))
+	    dovetail_fence_unprotected(t->box)) {
+		mailbox_save_cancel(&ctx);
 		return -1;
+	}
 	if (dbox->module_ctx.super.copy(ctx, mail) < 0)
 		return -1;
 	dovetail_capture_copied(t, mail);

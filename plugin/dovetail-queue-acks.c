@@ -16,7 +16,12 @@
 /* Opening one costs about 0.1 ms; a batch must not hold up the changes. */
 #define ACKS_BATCH "20"
 
+/* Somebody else's doing: Redis makes these IDs from the time. With the largest one
+   no report could be added any more. */
+#define ACKS_ID_MAX_MSECS (1ULL << 62)
+
 static void acks_read(struct dovetail_queue *queue);
+static void acks_check_end(struct dovetail_queue *queue);
 
 bool dovetail_queue_acks_alive(const struct dovetail_queue *queue)
 {
@@ -86,6 +91,7 @@ enum {
 	ACK_BAD_CONTENT,
 	ACK_BAD_POSITION,
 	ACK_READ_FAILED,
+	ACK_BAD_STREAM,
 };
 
 static void
@@ -211,12 +217,38 @@ static void acks_handle_entries(struct dovetail_queue *queue,
 	}
 }
 
+/* It is of no use any more; the replicas report again soon. */
+static void acks_delete_stream(struct dovetail_queue *queue, const char *error)
+{
+	acks_rejected(queue, NULL, ACK_BAD_STREAM, "bad-stream", "-",
+		      t_strdup_printf("%s: Deleting the stream", error));
+	dovetail_redis_commandl(queue->acks_redis, NULL, NULL, "DEL",
+				queue->acks_key, NULL);
+	i_free(queue->acks_last_id);
+	queue->acks_last_id = i_strdup("0-0");
+	/* not at once, for the case that it cannot be deleted */
+	queue->acks_retry = TRUE;
+}
+
+static bool acks_id_is_too_large(const char *id_str)
+{
+	struct dovetail_queue_id id;
+
+	return dovetail_queue_id_parse(id_str, strlen(id_str), &id) < 0 ||
+		id.generation >= ACKS_ID_MAX_MSECS;
+}
+
 static void acks_read_reply(struct redisReply *reply, void *context)
 {
 	struct dovetail_queue *queue = context;
 
 	if (reply == NULL)
 		return;
+	if (reply->type == REDIS_REPLY_ERROR &&
+	    str_begins(reply->str, "WRONGTYPE")) {
+		acks_delete_stream(queue, "Something else stands in its place");
+		return;
+	}
 	if (reply->type == REDIS_REPLY_ERROR) {
 		acks_rejected(queue, NULL, ACK_READ_FAILED, "xread-failed", "-",
 			      t_strdup_printf("XREAD failed: %s", str_sanitize(
@@ -225,12 +257,23 @@ static void acks_read_reply(struct redisReply *reply, void *context)
 		queue->acks_retry = TRUE;
 		return;
 	}
-	/* nil: nothing came in time */
+	if (reply->type == REDIS_REPLY_NIL) {
+		/* nothing came in time, which is long for replicas that live:
+		   is it still the stream we know? */
+		acks_check_end(queue);
+		return;
+	}
 	if (reply->type == REDIS_REPLY_ARRAY && reply->elements == 1 &&
 	    reply->element[0]->type == REDIS_REPLY_ARRAY &&
 	    reply->element[0]->elements == 2)
 		acks_handle_entries(queue, reply->element[0]->element[1]);
-	acks_read(queue);
+	if (acks_id_is_too_large(queue->acks_last_id)) {
+		acks_delete_stream(queue, t_strdup_printf(
+			"After entry %s there is no room",
+			str_sanitize(queue->acks_last_id, 50)));
+	} else {
+		acks_read(queue);
+	}
 	dovetail_queue_conns_flush(queue);
 }
 
@@ -272,13 +315,17 @@ static void acks_last_reply(struct redisReply *reply, void *context)
 	acks_read(queue);
 }
 
-static void acks_redis_ready(void *context)
+static void acks_check_end(struct dovetail_queue *queue)
 {
-	struct dovetail_queue *queue = context;
-
 	dovetail_redis_commandl(queue->acks_redis, acks_last_reply, queue,
 				"XREVRANGE", queue->acks_key, "+", "-",
 				"COUNT", "1", NULL);
+	dovetail_redis_flush(queue->acks_redis);
+}
+
+static void acks_redis_ready(void *context)
+{
+	acks_check_end(context);
 }
 
 void dovetail_queue_acks_tick(struct dovetail_queue *queue)

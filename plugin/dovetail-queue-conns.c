@@ -403,13 +403,13 @@ change_get_position(const struct dovetail_change *change,
 
 static void
 conn_queue_change(struct dovetail_queue_conn *conn,
-		  struct dovetail_queue_user *user,
+		  unsigned int shard,
 		  struct dovetail_queue_waiter *waiter,
 		  const struct dovetail_change *change,
 		  const void *data, size_t size)
 {
 	struct dovetail_queue *queue = conn->queue;
-	struct dovetail_queue_log *log = &queue->logs[user->shard];
+	struct dovetail_queue_log *log = &queue->logs[shard];
 	struct dovetail_queue_position_change position;
 	enum dovetail_queue_known known = DOVETAIL_QUEUE_KNOWN_NOT;
 	struct dovetail_queue_group *group = NULL;
@@ -453,7 +453,7 @@ conn_queue_change(struct dovetail_queue_conn *conn,
 	}
 	dovetail_queue_log_append(log, data, size,
 				  have_position ? &position : NULL, waiter);
-	queue->kick |= 1ULL << user->shard;
+	queue->kick |= 1ULL << shard;
 }
 
 static int conn_handle_change(struct dovetail_queue_conn *conn,
@@ -466,6 +466,7 @@ static int conn_handle_change(struct dovetail_queue_conn *conn,
 	uint64_t tag;
 	uint8_t level;
 	size_t size;
+	bool of_shard;
 
 	tag = dovetail_wire_get_num(r);
 	level = dovetail_wire_get_u8(r);
@@ -489,12 +490,20 @@ static int conn_handle_change(struct dovetail_queue_conn *conn,
 			"sense: %s", error);
 		return 0;
 	}
-	if (change.user[0] == '\0' ||
-	    change.kind == DOVETAIL_CHANGE_HEARTBEAT) {
+	of_shard = change.kind == DOVETAIL_CHANGE_SHARD_REQUEST ||
+		change.kind == DOVETAIL_CHANGE_SHARD_SWEPT;
+	if (change.user[0] == '\0' && !of_shard) {
 		conn_reply(conn, tag, DOVETAIL_REPLY_REFUSED,
 			   "The change is of no user");
 		return 0;
 	}
+	if (of_shard && change.u.shard.shard >= conn->queue->logs_count) {
+		conn_reply(conn, tag, DOVETAIL_REPLY_REFUSED,
+			   "There is no such shard");
+		return 0;
+	}
+	/* what is of a shard has the user "", for whom only those may speak
+	   who may for all */
 	cu = conn_user_get(conn, change.user);
 	if (cu == NULL || cu->refused) {
 		conn_reply(conn, tag, DOVETAIL_REPLY_REFUSED,
@@ -509,11 +518,12 @@ static int conn_handle_change(struct dovetail_queue_conn *conn,
 	waiter->tag = tag;
 	waiter->level = level;
 	waiter->frame_size = size;
-	waiter->sweep = change.kind != DOVETAIL_CHANGE_REQUEST;
+	waiter->sweep = change.kind != DOVETAIL_CHANGE_REQUEST && !of_shard;
 	conn->waiting_bytes += size;
 	DLLIST_PREPEND_FULL(&conn->waiters, waiter, conn_prev, conn_next);
 
-	conn_queue_change(conn, cu->user, waiter, &change, r->pos, size);
+	conn_queue_change(conn, of_shard ? change.u.shard.shard :
+			  cu->user->shard, waiter, &change, r->pos, size);
 	conn_user_put(conn, cu);
 	return 0;
 }

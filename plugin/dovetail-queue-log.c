@@ -3,7 +3,6 @@
 #include "lib.h"
 #include "array.h"
 #include "buffer.h"
-#include "byteorder.h"
 #include "ioloop.h"
 #include "llist.h"
 #include "priorityq.h"
@@ -26,15 +25,6 @@
 #define BUFFER_KEEP_SIZE (1024 * 1024)
 
 static void log_sync(struct dovetail_queue_log *log);
-
-unsigned int dovetail_queue_user_shard(const char *user, unsigned int shards)
-{
-	unsigned char hash[crypto_generichash_BYTES];
-
-	crypto_generichash(hash, sizeof(hash), (const unsigned char *)user,
-			   strlen(user), NULL, 0);
-	return be64_to_cpu_unaligned(hash) % shards;
-}
 
 static struct dovetail_queue_id chain_id(const struct dovetail_chain *chain)
 {
@@ -443,7 +433,8 @@ static void log_xadd_error(struct dovetail_queue_log *log,
 	memcpy(log->sent.hash, log->stored.hash, sizeof(log->sent.hash));
 
 	if (strstr(error, "equal or smaller") != NULL ||
-	    strstr(error, "last possible ID") != NULL) {
+	    strstr(error, "last possible ID") != NULL ||
+	    str_begins(error, "WRONGTYPE")) {
 		/* The stream's end is not where we left it. */
 		group_requeue(group);
 		log_set_state(log, DOVETAIL_QUEUE_LOG_UNKNOWN);
@@ -652,6 +643,13 @@ static void log_sync_delete_reply(struct redisReply *reply, void *context)
 	log->sync.deleted = TRUE;
 }
 
+static void log_sync_delete(struct dovetail_queue_log *log)
+{
+	dovetail_redis_commandl(log->queue->redis, log_sync_delete_reply, log,
+				"DEL", log->key, NULL);
+	dovetail_redis_flush(log->queue->redis);
+}
+
 static void log_synced(struct dovetail_queue_log *log)
 {
 	struct dovetail_queue_group *group = log->inflight;
@@ -662,9 +660,7 @@ static void log_synced(struct dovetail_queue_log *log)
 		e_error(log->event, "Somebody added entry %s to stream %s, "
 			"after which there is no room: Deleting the stream",
 			id_str(&log->sync.last_id), log->key);
-		dovetail_redis_commandl(log->queue->redis,
-					log_sync_delete_reply, log,
-					"DEL", log->key, NULL);
+		log_sync_delete(log);
 		return;
 	}
 
@@ -768,6 +764,11 @@ static void log_sync_last_reply(struct redisReply *reply, void *context)
 
 	if (reply == NULL)
 		return;
+	if (reply->type == REDIS_REPLY_ERROR &&
+	    str_begins(reply->str, "WRONGTYPE")) {
+		log->sync.no_stream = TRUE;
+		return;
+	}
 	ret = reply_get_entry(reply, &log->sync.last_id, &data, &size);
 	if (ret < 0) {
 		log_sync_failed(log, reply);
@@ -815,6 +816,12 @@ static void log_sync_memory_reply(struct redisReply *reply, void *context)
 	/* the command may be forbidden, the stream may not exist */
 	if (reply->type == REDIS_REPLY_INTEGER && reply->integer > 0)
 		log->sync.memory = reply->integer;
+	if (log->sync.no_stream) {
+		e_error(log->event, "Somebody put something else in the place "
+			"of stream %s: Deleting it", log->key);
+		log_sync_delete(log);
+		return;
+	}
 	if (log->sync.failed) {
 		/* tried again with the next tick */
 		log_set_state(log, DOVETAIL_QUEUE_LOG_UNKNOWN);

@@ -203,7 +203,8 @@ dovetail_queue_positions_check(struct dovetail_queue_positions *table,
 	struct span span = change_span(change), way;
 	unsigned int i;
 
-	if (change->snapshot)
+	/* a part of a record claims no place, so no place tells about it */
+	if (change->snapshot || place_cmp(span.lo, span.hi) == 0)
 		return DOVETAIL_QUEUE_KNOWN_NOT;
 	mp = position_lookup(table, change->guid);
 	if (mp == NULL || mp->index_id != change->to.index_id ||

@@ -189,6 +189,8 @@ struct dovetail_queue_log {
 	/* answers of the running sync */
 	struct {
 		bool have_last, ours, failed;
+		/* the key holds something that is not a stream */
+		bool no_stream;
 		/* we deleted the stream: its end was no use */
 		bool deleted;
 		struct dovetail_queue_id last_id, first_id;
@@ -295,8 +297,6 @@ static inline uint64_t dovetail_queue_now_usecs(void)
 }
 
 /* ---- dovetail-queue-log.c ---- */
-
-unsigned int dovetail_queue_user_shard(const char *user, unsigned int shards);
 
 /* Read the chain. Returns 0, or -1 and error_r (data stack). */
 int dovetail_queue_log_init(struct dovetail_queue *queue,

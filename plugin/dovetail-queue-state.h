@@ -1,7 +1,7 @@
 #ifndef DOVETAIL_QUEUE_STATE_H
 #define DOVETAIL_QUEUE_STATE_H
 
-/* What dovetail-queue keeps below dovetail_state_dir:
+/* What dovetail-queue keeps in the directory queue of dovetail_state_dir:
 
      lock           held while the service runs: after a reload the old process
                     finishes before the new one starts

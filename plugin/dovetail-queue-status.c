@@ -169,7 +169,7 @@ struct status_reason {
 struct status_from {
 	const char *peer;
 	const char *connection, *error;
-	uint64_t entries, bytes, rejected, set_aside, lag_msecs, applied_secs;
+	uint64_t entries, rejected, set_aside, lag_msecs, applied_secs;
 	ARRAY(struct status_reason) reasons;
 	unsigned int shards;
 };
@@ -268,7 +268,6 @@ static void status_from_add(const char *const *fields, void *context)
 		return;
 	from->shards++;
 	from->entries += fields_get_num(fields, "entries");
-	from->bytes += fields_get_num(fields, "bytes");
 	from->rejected += fields_get_num(fields, "rejected");
 	from->set_aside += fields_get_num(fields, "set_aside");
 	from->lag_msecs = I_MAX(from->lag_msecs,
@@ -320,9 +319,7 @@ static void status_from(struct dovetail_queue *queue, buffer_t *dest,
 		row_add(&row, "role", "replica");
 		row_add(&row, "connection", from->connection);
 		row_add_num(&row, "entries", from->entries);
-		row_add_num(&row, "bytes", from->bytes);
 		row_add(&row, "lag", lag_str(from->lag_msecs));
-		row_add_num(&row, "lag_entries", from->entries);
 		row_add(&row, "applied",
 			time_str(from->applied_secs * 1000000));
 		row_add_num(&row, "rejected", from->rejected);

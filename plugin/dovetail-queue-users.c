@@ -39,7 +39,7 @@ dovetail_queue_user_get(struct dovetail_queue *queue, const char *name)
 	user = i_new(struct dovetail_queue_user, 1);
 	user->queue = queue;
 	user->name = i_strdup(name);
-	user->shard = dovetail_queue_user_shard(name, queue->logs_count);
+	user->shard = dovetail_user_shard(name, queue->logs_count);
 	hash_table_insert(queue->users, user->name, user);
 	return user;
 }

@@ -10,7 +10,9 @@
 #include "mail-storage-private.h"
 #include "mail-storage-service.h"
 #include "mail-namespace.h"
+#include "mailbox-list-iter.h"
 #include "dovetail-plugin.h"
+#include "dovetail-queue-client.h"
 #include "dovetail-replay.h"
 #include "dovetail-wire.h"
 
@@ -177,6 +179,19 @@ replay_apply(const char *origin, const void *data, size_t size,
 	case DOVETAIL_CHANGE_SPOOL:
 		replay_spool_add(&change.u.spool);
 		return REPLAY_DONE;
+	case DOVETAIL_CHANGE_SHARD_REQUEST:
+		if (strcmp(change.u.shard.node, replay.set.node) == 0) {
+			replay_shard_requested(origin, change.u.shard.shard,
+					       change.u.shard.number);
+		}
+		return REPLAY_DONE;
+	case DOVETAIL_CHANGE_SHARD_SWEPT:
+		if (strcmp(change.u.shard.node, replay.set.node) == 0) {
+			replay_wanted_shard_arrived(origin,
+						    change.u.shard.shard,
+						    change.u.shard.number);
+		}
+		return REPLAY_DONE;
 	default:
 		break;
 	}
@@ -216,6 +231,106 @@ bool replay_sweep(const char *username)
 			  username, error);
 	}
 	/* not kept open: its settings may have become old meanwhile */
+	replay_user_close(&user);
+	return ret == 0;
+}
+
+/* ---- the state of a user ---- */
+
+/* The queue takes changes: what failed is the mailbox's fault. */
+static bool queue_works(void)
+{
+	const char *error;
+
+	return dovetail_queue_client_check(replay.client, DOVETAIL_ACK_QUEUED,
+		dovetail_monotonic_usecs() +
+		replay.set.ack_timeout_msecs * 1000ULL, &error) > 0;
+}
+
+/* A snapshot from UIDNEXT on has no message's body in it. */
+static int send_mailbox_state(struct mailbox *box, const char **error_r)
+{
+	struct mailbox_status status;
+	enum mail_error mail_error;
+
+	if (mailbox_sync(box, MAILBOX_SYNC_FLAG_FULL_READ) < 0) {
+		*error_r = t_strdup(mailbox_get_last_internal_error(box,
+								    &mail_error));
+		return mail_error == MAIL_ERROR_NOTFOUND ? 0 : -1;
+	}
+	mailbox_get_open_status(box, STATUS_UIDNEXT, &status);
+	return plugin.snapshot(box, status.uidnext, error_r);
+}
+
+/* Returns 0, or -1: the queue does not work. */
+static int send_namespace_state(struct mail_namespace *ns)
+{
+	struct mailbox_list_iterate_context *iter;
+	const struct mailbox_info *info;
+	struct mailbox *box;
+	const char *error;
+	int ret = 0;
+
+	iter = mailbox_list_iter_init(ns->list, "*",
+		MAILBOX_LIST_ITER_RAW_LIST | MAILBOX_LIST_ITER_NO_AUTO_BOXES);
+	while (ret == 0 && (info = mailbox_list_iter_next(iter)) != NULL) {
+		if ((info->flags & (MAILBOX_NOSELECT |
+				    MAILBOX_NONEXISTENT)) != 0)
+			continue;
+		box = mailbox_alloc(ns->list, info->vname,
+				    MAILBOX_FLAG_IGNORE_ACLS);
+		T_BEGIN {
+			if (send_mailbox_state(box, &error) < 0) {
+				e_warning(replay.event, "User %s: Mailbox %s: "
+					"Cannot queue its state: %s",
+					ns->user->username, info->vname, error);
+				ret = queue_works() ? 0 : -1;
+			}
+		} T_END;
+		mailbox_free(&box);
+	}
+	if (mailbox_list_iter_deinit(&iter) < 0) {
+		e_warning(replay.event, "User %s: Cannot list mailboxes: %s",
+			ns->user->username,
+			mailbox_list_get_last_internal_error(ns->list, NULL));
+	}
+	return ret;
+}
+
+static int send_user_state(struct mail_user *mail_user)
+{
+	struct mail_namespace *ns;
+	const char *error;
+
+	if (plugin.tree(mail_user, &error) < 0) {
+		e_warning(replay.event, "User %s: Cannot queue the tree: %s",
+			  mail_user->username, error);
+	}
+	for (ns = mail_user->namespaces; ns != NULL; ns = ns->next) {
+		if (ns->type == MAIL_NAMESPACE_TYPE_PRIVATE &&
+		    ns->owner == mail_user && ns->alias_for == NULL &&
+		    (ns->flags & NAMESPACE_FLAG_USABLE) != 0 &&
+		    send_namespace_state(ns) < 0)
+			return -1;
+	}
+	return queue_works() ? 0 : -1;
+}
+
+bool replay_send_state(const char *username)
+{
+	struct replay_user *user;
+	const char *primary, *error;
+	bool is_primary;
+	int ret = 0;
+
+	if (replay_user_open(username, &user, &error) < 0) {
+		e_warning(replay.event, "Cannot queue the state of a user: %s",
+			  error);
+		return TRUE;
+	}
+	if (apply_get_role(user, &primary, &is_primary, &error) == 0 &&
+	    is_primary)
+		ret = send_user_state(replay_user_mail_user(user));
 	replay_user_close(&user);
 	return ret == 0;
 }

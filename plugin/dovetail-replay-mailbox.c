@@ -586,6 +586,9 @@ static void replay_snapshot_message(struct replay_snapshot *snapshot,
 	}
 	array_append_zero(&keywords);
 	replay_set_state(snapshot->ctx, mail, flags, array_front(&keywords));
+	/* what the primary shows for it is not known, but not more than this */
+	if (mail_get_modseq(mail) < snapshot->ctx->change->highest_modseq)
+		mail_update_modseq(mail, snapshot->ctx->change->highest_modseq);
 }
 
 /* Make the messages below the snapshot's end what the primary's are. */

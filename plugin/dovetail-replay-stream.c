@@ -6,19 +6,28 @@
 
    What becomes of an entry that is not right:
      - not an entry, unknown or wrong origin, wrong signature, not for us, of
-       another stream, a repeat, of an old epoch: it is dropped, logged (once
-       until another reason comes), counted; the next entry is read.
-     - of a newer format: the stream stops here until dovetail is upgraded,
-       since what follows may build upon it.
+       another stream, a repeat, of an old epoch: it is dropped, counted, logged
+       (for each reason at most once in STREAM_LOG_SECS); the next entry is
+       read.
+     - of a newer format: the same, and the log has to wait, as status says,
+       until dovetail is upgraded here: our position stays before the entry,
+       and the origin keeps what comes after our position. But as the version
+       is not worth more than the signature, which we cannot check, an entry
+       of our format behind it ends the waiting: when it follows what we had,
+       the newer one was not the origin's, otherwise there is a gap.
      - entries missing before it (the chain does not fit): it is applied, and
-       what the mailboxes lack because of the hole is asked for when the next
-       change of each shows it. */
+       the origin is asked for the state of all its users of this shard
+       (SHARD_REQUEST); a mailbox that lacks something then asks for that.
+
+   When the last entry is not there any more, the origin's next one shows it,
+   which is a heartbeat at the latest. */
 
 #include "lib.h"
 #include "array.h"
 #include "buffer.h"
 #include "ioloop.h"
 #include "str.h"
+#include "str-sanitize.h"
 #include "time-util.h"
 #include "dovetail-queue-client.h"
 #include "dovetail-redis.h"
@@ -38,6 +47,9 @@
 #define STREAM_ACK_IDLE_MSECS 5000
 #define STREAM_CMD_TIMEOUT_MSECS 10000
 #define STREAM_RETRY_MSECS 1000
+/* An idle reader has another look at the streams' places. */
+#define STREAM_BLOCK_MSECS "5000"
+#define STREAM_LOG_SECS 60
 
 /* The state file of a stream, host byte order: written over and over at one
    place, so a torn write shows in the check. */
@@ -58,18 +70,24 @@ struct replay_stream {
 	uint64_t chain_time_usecs;
 	/* what XREAD read last, right or not */
 	uint64_t read_generation, read_seq;
-	/* an entry of a newer format was seen */
-	bool stopped;
+	/* an entry of a newer format was read, and none of ours since */
+	bool newer;
+	/* the key holds something that is not a stream */
+	bool no_stream;
+	/* dovetail_shards differs at the origin: it was logged */
+	bool shards_logged;
 
 	/* for the acknowledgement and the status */
 	uint64_t entries, rejected;
 	uint64_t rejected_by[DOVETAIL_OPEN_RET_COUNT];
+	time_t rejected_logged[DOVETAIL_OPEN_RET_COUNT];
 	uint64_t gaps;
-	enum dovetail_open_ret last_ret;
 	ARRAY(struct dovetail_ack_failed) failed;
 	char *last_error;
 	uint64_t lag_usecs;
 	time_t last_applied;
+	/* how far the log goes in Redis, as of the last report */
+	uint64_t end_generation, end_seq;
 	/* something was applied that no ack has said yet */
 	bool ack_needed;
 };
@@ -81,9 +99,12 @@ static struct {
 	uint64_t last_ack_usecs;
 	struct timeout *to_idle, *to_read;
 	bool reading;
+	/* why the last XREAD failed, NULL: it did not */
+	char *error;
 } streams;
 
 static void streams_read(void);
+static void streams_idle(void *context);
 
 /* ---- state ---- */
 
@@ -182,7 +203,9 @@ static void stream_ack(struct replay_stream *stream)
 	ack.applied_time_usecs = stream->chain_time_usecs;
 	ack.entries = stream->entries;
 	ack.rejected = stream->rejected;
-	ack.set_aside = replay_wanted_count(stream->origin);
+	/* the worker's, told by its first shard */
+	ack.set_aside = stream->shard != replay.slot ? 0 :
+		replay_wanted_count(stream->origin);
 	ack.failed = array_get(&stream->failed, &ack.failed_count);
 	ack.last_error = stream->last_error == NULL ? "" : stream->last_error;
 
@@ -230,14 +253,6 @@ static void streams_ack_needed(void)
 	}
 }
 
-static void streams_idle(void *context ATTR_UNUSED)
-{
-	struct replay_stream *stream;
-
-	array_foreach_modifiable(&streams.list, stream)
-		stream_ack(stream);
-}
-
 /* ---- an entry ---- */
 
 static void stream_reject(struct replay_stream *stream,
@@ -247,15 +262,17 @@ static void stream_reject(struct replay_stream *stream,
 	stream->rejected++;
 	stream->rejected_by[ret]++;
 	stream->ack_needed = TRUE;
-	stream_set_error(stream, t_strdup_printf("Entry %s refused (%s): %s",
-		id, dovetail_open_ret_name(ret), error));
-	if (stream->last_ret != ret) {
-		e_error(replay.event, "%s: %s", stream->key,
-			stream->last_error);
+	stream_set_error(stream, t_strdup_printf("At %s: %s",
+						 str_sanitize(id, 50), error));
+	if (stream->rejected_logged[ret] == 0 ||
+	    ioloop_time - stream->rejected_logged[ret] >= STREAM_LOG_SECS) {
+		stream->rejected_logged[ret] = ioloop_time;
+		e_error(event_create_passthrough(replay.event)->
+			add_str("reason", dovetail_open_ret_name(ret))->
+			event(), "%s: %s", stream->key, stream->last_error);
 	}
-	stream->last_ret = ret;
 	if (ret == DOVETAIL_OPEN_VERSION)
-		stream->stopped = TRUE;
+		stream->newer = TRUE;
 }
 
 static void stream_failed(struct replay_stream *stream, uint32_t ordinal,
@@ -307,6 +324,32 @@ static void stream_apply_group(struct replay_stream *stream,
 	}
 }
 
+/* The hash in the first entry we ever read says whether there were others. */
+static bool stream_misses_start(const struct replay_stream *stream,
+				const struct dovetail_entry_head *head)
+{
+	return stream->chain.generation == 0 && stream->chain.seq == 0 &&
+		sodium_is_zero(head->prev, sizeof(head->prev)) == 0;
+}
+
+static void stream_check_shards(struct replay_stream *stream,
+				const struct dovetail_entry_head *head)
+{
+	if (head->shards == replay.set.shards) {
+		stream->shards_logged = FALSE;
+		return;
+	}
+	stream_set_error(stream, t_strdup_printf(
+		"dovetail_shards is %u at %s and %u here; it must be the same "
+		"on all nodes", head->shards, stream->origin,
+		replay.set.shards));
+	if (!stream->shards_logged) {
+		e_error(replay.event, "%s: %s", stream->key,
+			stream->last_error);
+	}
+	stream->shards_logged = TRUE;
+}
+
 static void stream_entry(struct replay_stream *stream, const char *id,
 			 const void *data, size_t size)
 {
@@ -328,23 +371,21 @@ static void stream_entry(struct replay_stream *stream, const char *id,
 		stream_reject(stream, ret, id, error);
 		return;
 	}
-	if (opened.head.shards != replay.set.shards &&
-	    stream->last_ret != DOVETAIL_OPEN_WRONG_STREAM) {
-		stream_reject(stream, DOVETAIL_OPEN_WRONG_STREAM, id,
-			t_strdup_printf("dovetail_shards is %u at %s and %u "
-				"here; it must be the same on all nodes",
-				opened.head.shards, stream->origin,
-				replay.set.shards));
-	}
+	stream->newer = FALSE;
+	stream_check_shards(stream, &opened.head);
 	if (opened.gap) {
 		stream->gaps++;
 		stream_set_error(stream, t_strdup_printf(
-			"Entries before %s are missing in Redis", id));
+			"Entries before %s are missing in Redis",
+			str_sanitize(id, 50)));
 		e_warning(replay.event, "%s: %s", stream->key,
 			  stream->last_error);
 	}
-	if (opened.head.shards == replay.set.shards)
-		stream->last_ret = DOVETAIL_OPEN_OK;
+	if (opened.gap || stream_misses_start(stream, &opened.head)) {
+		replay_wanted_add_shard(stream->origin, stream->shard,
+			opened.gap ? stream->last_error :
+			"Its log begins before what Redis has");
+	}
 
 	chain.epoch = opened.head.epoch;
 	chain.generation = opened.head.generation;
@@ -368,17 +409,41 @@ static void stream_entry(struct replay_stream *stream, const char *id,
 
 /* ---- reading ---- */
 
-static bool stream_parse_id(const char *id, uint64_t *generation_r,
-			    uint64_t *seq_r)
-{
-	const char *p = strchr(id, '-');
+struct stream_id {
+	uint64_t generation, seq;
+};
 
+static int stream_id_parse(const struct redisReply *reply,
+			   struct stream_id *id_r)
+{
+	const char *p;
+
+	if (reply->type != REDIS_REPLY_STRING)
+		return -1;
+	p = strchr(reply->str, '-');
 	return p != NULL &&
-		str_to_uint64(t_strdup_until(id, p), generation_r) == 0 &&
-		str_to_uint64(p + 1, seq_r) == 0;
+		str_to_uint64(t_strdup_until(reply->str, p),
+			      &id_r->generation) == 0 &&
+		str_to_uint64(p + 1, &id_r->seq) == 0 ? 0 : -1;
 }
 
-/* Find the stream a part of the answer is about and note how far it goes. */
+/* Is the id behind what was read? */
+static bool stream_id_is_new(const struct replay_stream *stream,
+			     const struct stream_id *id)
+{
+	return id->generation > stream->read_generation ||
+		(id->generation == stream->read_generation &&
+		 id->seq > stream->read_seq);
+}
+
+static bool stream_entry_id(const struct redisReply *entry,
+			    struct stream_id *id_r)
+{
+	return entry->type == REDIS_REPLY_ARRAY && entry->elements == 2 &&
+		stream_id_parse(entry->element[0], id_r) == 0;
+}
+
+/* Find the stream a part of the answer is about. */
 static struct replay_stream *
 streams_find(const struct redisReply *part)
 {
@@ -395,41 +460,57 @@ streams_find(const struct redisReply *part)
 	return NULL;
 }
 
-static void stream_note_read(struct replay_stream *stream,
+/* Note how far the answer goes. FALSE: not beyond what was read before. */
+static bool stream_note_read(struct replay_stream *stream,
 			     const struct redisReply *entries)
 {
-	const struct redisReply *last;
+	struct stream_id id;
 
-	if (entries->elements == 0)
-		return;
-	last = entries->element[entries->elements - 1];
-	if (last->type == REDIS_REPLY_ARRAY && last->elements == 2 &&
-	    last->element[0]->type == REDIS_REPLY_STRING) {
-		(void)stream_parse_id(last->element[0]->str,
-				      &stream->read_generation,
-				      &stream->read_seq);
-	}
+	if (entries->elements == 0 ||
+	    !stream_entry_id(entries->element[entries->elements - 1], &id) ||
+	    !stream_id_is_new(stream, &id))
+		return FALSE;
+	stream->read_generation = id.generation;
+	stream->read_seq = id.seq;
+	return TRUE;
+}
+
+/* The only field of an entry, e; NULL: it is something else. */
+static const struct redisReply *
+stream_entry_field(const struct redisReply *entry)
+{
+	const struct redisReply *fields;
+	struct stream_id id;
+
+	if (!stream_entry_id(entry, &id))
+		return NULL;
+	fields = entry->element[1];
+	return fields->type == REDIS_REPLY_ARRAY && fields->elements == 2 &&
+		fields->element[0]->type == REDIS_REPLY_STRING &&
+		fields->element[1]->type == REDIS_REPLY_STRING &&
+		strcmp(fields->element[0]->str, "e") == 0 ?
+		fields->element[1] : NULL;
 }
 
 static void stream_entries(struct replay_stream *stream,
 			   const struct redisReply *entries)
 {
-	const struct redisReply *entry, *fields;
+	const struct redisReply *entry, *field;
+	struct stream_id id;
 	unsigned int i;
 
-	for (i = 0; i < entries->elements && !stream->stopped; i++) T_BEGIN {
+	for (i = 0; i < entries->elements; i++) T_BEGIN {
 		entry = entries->element[i];
-		fields = entry->type == REDIS_REPLY_ARRAY &&
-			entry->elements == 2 ? entry->element[1] : NULL;
-		if (fields == NULL || fields->type != REDIS_REPLY_ARRAY ||
-		    fields->elements != 2 ||
-		    strcmp(fields->element[0]->str, "e") != 0) {
-			stream_reject(stream, DOVETAIL_OPEN_MALFORMED, "?",
-				      "Not a field e with an entry");
+		field = stream_entry_field(entry);
+		if (field == NULL) {
+			stream_reject(stream, DOVETAIL_OPEN_MALFORMED,
+				stream_entry_id(entry, &id) ?
+				entry->element[0]->str : "?",
+				"It is refused (malformed): not one field e "
+				"with an entry");
 		} else {
 			stream_entry(stream, entry->element[0]->str,
-				     fields->element[1]->str,
-				     fields->element[1]->len);
+				     field->str, field->len);
 		}
 		/* the live path: what is done is said at once */
 		if (dovetail_monotonic_usecs() - streams.last_ack_usecs >
@@ -444,35 +525,93 @@ static void streams_read_again(void *context ATTR_UNUSED)
 	streams_read();
 }
 
+static void streams_read_later(void)
+{
+	if (streams.to_read == NULL) {
+		streams.to_read = timeout_add(STREAM_RETRY_MSECS,
+					      streams_read_again, NULL);
+	}
+}
+
+/* Redis refuses to read any of several keys when one of them is no stream. */
+static void stream_type_reply(struct redisReply *reply, void *context)
+{
+	struct replay_stream *stream = context;
+	bool is_stream;
+
+	if (reply == NULL || reply->type != REDIS_REPLY_STATUS)
+		return;
+	is_stream = strcmp(reply->str, "stream") == 0 ||
+		strcmp(reply->str, "none") == 0;
+	if (!is_stream && !stream->no_stream) {
+		stream_set_error(stream, t_strdup_printf("Redis has a %s in "
+			"the place of the stream", str_sanitize(reply->str,
+								20)));
+		e_error(replay.event, "%s: %s", stream->key,
+			stream->last_error);
+	}
+	if (is_stream && stream->no_stream)
+		e_info(replay.event, "%s: It is a stream again", stream->key);
+	stream->no_stream = !is_stream;
+}
+
+static void stream_check_type(struct replay_stream *stream)
+{
+	dovetail_redis_commandl(streams.writer, stream_type_reply, stream,
+				"TYPE", stream->key, NULL);
+}
+
+static void streams_read_failed(const char *error)
+{
+	struct replay_stream *stream;
+	bool wrong_type = str_begins(error, "WRONGTYPE");
+
+	error = t_strdup_printf("Cannot read from Redis: %s",
+				str_sanitize(error, 200));
+	if (!wrong_type && null_strcmp(error, streams.error) != 0)
+		e_error(replay.event, "%s", error);
+	i_free(streams.error);
+	streams.error = i_strdup(error);
+	array_foreach_modifiable(&streams.list, stream) {
+		if (wrong_type)
+			stream_check_type(stream);
+		else
+			stream_set_error(stream, error);
+	}
+	streams_read_later();
+}
+
 static void streams_received(struct redisReply *reply, void *context ATTR_UNUSED)
 {
 	struct replay_stream *stream;
 	unsigned int i;
+	bool progress = FALSE;
 
 	streams.reading = FALSE;
 	if (reply == NULL)
 		return;
 	if (reply->type == REDIS_REPLY_ERROR) {
-		array_foreach_modifiable(&streams.list, stream)
-			stream_set_error(stream, reply->str);
-		e_error(replay.event, "Cannot read from Redis: %s", reply->str);
-		if (streams.to_read == NULL) {
-			streams.to_read = timeout_add(STREAM_RETRY_MSECS,
-						      streams_read_again, NULL);
-		}
+		streams_read_failed(reply->str);
 		return;
 	}
-	if (reply->type != REDIS_REPLY_ARRAY) {
-		/* nothing in time, which cannot be without a time */
+	i_free(streams.error);
+	if (reply->type == REDIS_REPLY_NIL) {
 		streams_read();
 		return;
 	}
+	/* only an array has elements */
 	for (i = 0; i < reply->elements; i++) {
 		stream = streams_find(reply->element[i]);
-		if (stream != NULL)
-			stream_note_read(stream, reply->element[i]->element[1]);
+		if (stream != NULL && stream_note_read(stream,
+					reply->element[i]->element[1]))
+			progress = TRUE;
 	}
-	streams_read();
+	if (progress)
+		streams_read();
+	else {
+		/* Redis would not do this: let it not keep us busy */
+		streams_read_later();
+	}
 	for (i = 0; i < reply->elements; i++) {
 		stream = streams_find(reply->element[i]);
 		if (stream != NULL)
@@ -499,16 +638,16 @@ static void streams_read(void)
 		arg = t_strdup_printf("%u", STREAM_FETCH_COUNT);
 		array_push_back(&argv, &arg);
 		arg = "BLOCK"; array_push_back(&argv, &arg);
-		arg = "0"; array_push_back(&argv, &arg);
+		arg = STREAM_BLOCK_MSECS; array_push_back(&argv, &arg);
 		arg = "STREAMS"; array_push_back(&argv, &arg);
 		array_foreach_modifiable(&streams.list, stream) {
-			if (stream->stopped)
+			if (stream->no_stream)
 				continue;
 			array_push_back(&argv, &stream->key);
 			count++;
 		}
 		array_foreach_modifiable(&streams.list, stream) {
-			if (stream->stopped)
+			if (stream->no_stream)
 				continue;
 			arg = t_strdup_printf("%"PRIu64"-%"PRIu64,
 					      stream->read_generation,
@@ -527,6 +666,56 @@ static void streams_read(void)
 			dovetail_redis_flush(streams.reader);
 		}
 	} T_END;
+	if (count == 0)
+		streams_read_later();
+}
+
+/* ---- streams that are not what they were ---- */
+
+static void stream_read_from_chain(struct replay_stream *stream)
+{
+	stream->read_generation = stream->chain.generation;
+	stream->read_seq = stream->chain.seq;
+}
+
+/* What we read at the end was nothing of the origin's. If that is gone, what the
+   origin writes now may stand before it. */
+static void stream_end_reply(struct redisReply *reply, void *context)
+{
+	struct replay_stream *stream = context;
+	struct stream_id end = { 0, 0 };
+
+	if (reply == NULL || reply->type != REDIS_REPLY_ARRAY ||
+	    (reply->elements > 0 &&
+	     !stream_entry_id(reply->element[0], &end)))
+		return;
+	if (end.generation < stream->read_generation ||
+	    (end.generation == stream->read_generation &&
+	     end.seq < stream->read_seq))
+		stream_read_from_chain(stream);
+}
+
+static void stream_check_end(struct replay_stream *stream)
+{
+	if (stream->read_generation == stream->chain.generation &&
+	    stream->read_seq == stream->chain.seq)
+		return;
+	dovetail_redis_commandl(streams.writer, stream_end_reply, stream,
+				"XREVRANGE", stream->key, "+", "-",
+				"COUNT", "1", NULL);
+}
+
+static void streams_idle(void *context ATTR_UNUSED)
+{
+	struct replay_stream *stream;
+
+	array_foreach_modifiable(&streams.list, stream) {
+		stream_ack(stream);
+		if (stream->no_stream)
+			stream_check_type(stream);
+		else
+			stream_check_end(stream);
+	}
 }
 
 static void streams_reader_ready(void *context ATTR_UNUSED)
@@ -535,10 +724,8 @@ static void streams_reader_ready(void *context ATTR_UNUSED)
 
 	/* From the last entry that was right: what was read behind it and not
 	   applied is read again. */
-	array_foreach_modifiable(&streams.list, stream) {
-		stream->read_generation = stream->chain.generation;
-		stream->read_seq = stream->chain.seq;
-	}
+	array_foreach_modifiable(&streams.list, stream)
+		stream_read_from_chain(stream);
 	streams_read();
 	replay_control_changed();
 }
@@ -622,11 +809,42 @@ void replay_streams_deinit(void)
 		i_free(stream->last_error);
 	}
 	array_free(&streams.list);
+	i_free(streams.error);
 	buffer_free(&streams.payload);
 	buffer_free(&streams.entry);
 }
 
 /* ---- status ---- */
+
+static void stream_got_info(struct redisReply *reply, void *context)
+{
+	struct replay_stream *stream = context;
+	struct stream_id id;
+	unsigned int i;
+
+	if (reply == NULL || reply->type != REDIS_REPLY_ARRAY)
+		return;
+	for (i = 0; i + 1 < reply->elements; i += 2) {
+		if (reply->element[i]->type == REDIS_REPLY_STRING &&
+		    strcmp(reply->element[i]->str, "last-generated-id") == 0 &&
+		    stream_id_parse(reply->element[i + 1], &id) == 0) {
+			stream->end_generation = id.generation;
+			stream->end_seq = id.seq;
+		}
+	}
+}
+
+/* Entries in Redis that are not applied here. Over the border of a generation
+   nobody can count: then only the new one's. */
+static uint64_t stream_waiting(const struct replay_stream *stream)
+{
+	if (stream->end_generation == stream->chain.generation) {
+		return stream->end_seq > stream->chain.seq ?
+			stream->end_seq - stream->chain.seq : 0;
+	}
+	return stream->end_generation > stream->chain.generation ?
+		stream->end_seq : 0;
+}
 
 static void report_field(buffer_t *buf, const char *key, const char *value)
 {
@@ -655,16 +873,16 @@ static void stream_report(buffer_t *buf, const struct replay_stream *stream)
 	dovetail_wire_put_num(buf, 11);
 	report_field(buf, "peer", stream->origin);
 	report_field(buf, "shard", t_strdup_printf("%u", stream->shard));
-	report_field(buf, "connection", stream->stopped ?
-		"stopped at an entry of a newer format" :
-		error != NULL ? error : "ok");
+	report_field(buf, "connection", error != NULL ? error :
+		stream->no_stream ? "not a stream in Redis" :
+		stream->newer ? "waiting at an entry of a newer format" : "ok");
 	report_field(buf, "position", t_strdup_printf("%"PRIu64"-%"PRIu64,
 		stream->chain.generation, stream->chain.seq));
 	report_field(buf, "lag", t_strdup_printf("%"PRIu64".%03u",
 		stream->lag_usecs / 1000000,
 		(unsigned int)(stream->lag_usecs / 1000 % 1000)));
 	report_field(buf, "entries", t_strdup_printf("%"PRIu64,
-		stream->entries));
+		stream_waiting(stream)));
 	report_field(buf, "rejected", t_strdup_printf("%"PRIu64,
 		stream->rejected));
 	report_field(buf, "rejected_reasons", str_c(reasons));
@@ -679,10 +897,12 @@ static void stream_report(buffer_t *buf, const struct replay_stream *stream)
 
 void replay_streams_report(buffer_t *buf)
 {
-	const struct replay_stream *stream;
+	struct replay_stream *stream;
 
 	dovetail_wire_put_num(buf, array_count(&streams.list));
-	array_foreach(&streams.list, stream) T_BEGIN {
+	array_foreach_modifiable(&streams.list, stream) T_BEGIN {
 		stream_report(buf, stream);
+		dovetail_redis_commandl(streams.writer, stream_got_info, stream,
+					"XINFO", "STREAM", stream->key, NULL);
 	} T_END;
 }

@@ -14,6 +14,7 @@
 #include "dovetail-name.h"
 #include "dovetail-plugin.h"
 #include "dovetail-replay.h"
+#include "dovetail-seal.h"
 
 #include <unistd.h>
 
@@ -193,6 +194,32 @@ static void replay_user_free(struct replay_user *user)
 	replay_restore_uid();
 	i_free(user->username);
 	i_free(user);
+}
+
+int replay_users_list(unsigned int shard, pool_t pool,
+		      ARRAY_TYPE(const_string) *users_r, const char **error_r)
+{
+	const char *name;
+	int ret;
+
+	p_array_init(users_r, pool, 128);
+	mail_storage_service_all_init_mask(users.storage_service, "");
+	while ((ret = mail_storage_service_all_next(users.storage_service,
+						    &name)) > 0) {
+		if (dovetail_user_shard(name, replay.set.shards) != shard)
+			continue;
+		name = p_strdup(pool, name);
+		array_push_back(users_r, &name);
+	}
+	if (ret < 0) {
+		*error_r = "The userdb did not list its users (the listing "
+			"needs a userdb that can do it, with SQL and LDAP an "
+			"iterate_query or iterate_filter, and a unix_listener "
+			"auth-userdb that belongs to the user of service "
+			DOVETAIL_REPLAY_SERVICE")";
+		return -1;
+	}
+	return 0;
 }
 
 struct mail_user *replay_user_mail_user(struct replay_user *user)

@@ -2,7 +2,8 @@
 
 /* What is lacking here and was asked for. Each thing lacking is one entry, kept
    in a file too, so that a restart does not forget it: one line
-   "USER TAB ORIGIN TAB GUID TAB PATH" (path's tabs as escapes). */
+   "USER TAB ORIGIN TAB GUID TAB PATH" (path's tabs as escapes). For a whole shard
+   of the origin's users, user is empty and path the shard's number. */
 
 #include "lib.h"
 #include "array.h"
@@ -10,6 +11,7 @@
 #include "guid.h"
 #include "ioloop.h"
 #include "istream.h"
+#include "randgen.h"
 #include "str.h"
 #include "strescape.h"
 #include "dovetail-queue-client.h"
@@ -25,11 +27,16 @@
 /* How many questions may be open at once: a replica that lacks a lot fetches it
    piece by piece, and live changes go on in between. */
 #define WANTED_OPEN_MAX 8
+/* Where one entry is missing others may be. */
+#define WANTED_SHARD_DELAY_MSECS 100
 
 struct wanted {
 	char *user, *origin, *path, *reason;
 	guid_128_t guid;
 	uint32_t uid_next;
+	/* of a shard: */
+	uint8_t shard;
+	uint32_t number;
 
 	/* 0: not asked yet */
 	time_t asked;
@@ -49,6 +56,23 @@ static struct wanted *wanted_find(const char *user, const guid_128_t guid)
 	array_foreach_modifiable(&wanted_list, w) {
 		if (guid_128_equals(w->guid, guid) &&
 		    strcmp(w->user, user) == 0)
+			return w;
+	}
+	return NULL;
+}
+
+static bool wanted_is_shard(const struct wanted *w)
+{
+	return w->user[0] == '\0';
+}
+
+static struct wanted *wanted_find_shard(const char *origin, uint8_t shard)
+{
+	struct wanted *w;
+
+	array_foreach_modifiable(&wanted_list, w) {
+		if (wanted_is_shard(w) && w->shard == shard &&
+		    strcmp(w->origin, origin) == 0)
 			return w;
 	}
 	return NULL;
@@ -88,9 +112,12 @@ static void wanted_load_line(const char *line)
 	const char *const *fields = t_strsplit_tabescaped(line);
 	struct wanted *w;
 	guid_128_t guid;
+	unsigned int shard = 0;
 
 	if (str_array_length(fields) != 4 ||
-	    guid_128_from_string(fields[2], guid) < 0)
+	    guid_128_from_string(fields[2], guid) < 0 ||
+	    (fields[0][0] == '\0' && (str_to_uint(fields[3], &shard) < 0 ||
+				      shard > UINT8_MAX)))
 		return;
 	w = array_append_space(&wanted_list);
 	w->user = i_strdup(fields[0]);
@@ -100,6 +127,8 @@ static void wanted_load_line(const char *line)
 	guid_128_copy(w->guid, guid);
 	/* asked with no knowledge of what is here: from the first UID */
 	w->uid_next = 1;
+	w->shard = shard;
+	w->number = i_rand();
 	w->retry_secs = WANTED_RETRY_MIN_SECS;
 }
 
@@ -132,23 +161,15 @@ void replay_wanted_deinit(void)
 	i_close_fd(&wanted_fd);
 }
 
-/* Put the question into our own log. Returns 0, or -1 and error_r. */
-static int wanted_send(const struct wanted *w, const char **error_r)
+int replay_queue_change(const struct dovetail_change *change,
+			const char **error_r)
 {
 	struct dovetail_queue_batch batch;
-	struct dovetail_change change;
 	buffer_t *buf = t_buffer_create(256);
 	uint64_t deadline = dovetail_monotonic_usecs() +
 		replay.set.ack_timeout_msecs * 1000ULL;
 
-	i_zero(&change);
-	change.kind = DOVETAIL_CHANGE_REQUEST;
-	change.user = w->user;
-	guid_128_copy(change.u.request.guid, w->guid);
-	change.u.request.name = w->path;
-	change.u.request.uid_next = w->uid_next;
-	dovetail_change_encode(buf, &change);
-
+	dovetail_change_encode(buf, change);
 	i_zero(&batch);
 	if (dovetail_queue_client_send(replay.client, &batch,
 				       DOVETAIL_ACK_QUEUED, buf, deadline,
@@ -166,6 +187,27 @@ static int wanted_send(const struct wanted *w, const char **error_r)
 	return -1;
 }
 
+/* Put the question into our own log. Returns 0, or -1 and error_r. */
+static int wanted_send(const struct wanted *w, const char **error_r)
+{
+	struct dovetail_change change;
+
+	i_zero(&change);
+	change.user = w->user;
+	if (wanted_is_shard(w)) {
+		change.kind = DOVETAIL_CHANGE_SHARD_REQUEST;
+		change.u.shard.shard = w->shard;
+		change.u.shard.node = w->origin;
+		change.u.shard.number = w->number;
+	} else {
+		change.kind = DOVETAIL_CHANGE_REQUEST;
+		guid_128_copy(change.u.request.guid, w->guid);
+		change.u.request.name = w->path;
+		change.u.request.uid_next = w->uid_next;
+	}
+	return replay_queue_change(&change, error_r);
+}
+
 static void wanted_ask(void *context ATTR_UNUSED)
 {
 	struct wanted *w;
@@ -176,7 +218,7 @@ static void wanted_ask(void *context ATTR_UNUSED)
 	timeout_remove(&to_wanted);
 	array_foreach_modifiable(&wanted_list, w) {
 		if (w->asked != 0 && w->asked + (time_t)w->retry_secs >
-		    ioloop_time)
+		    ioloop_time && !wanted_is_shard(w))
 			open++;
 	}
 	array_foreach_modifiable(&wanted_list, w) {
@@ -185,9 +227,9 @@ static void wanted_ask(void *context ATTR_UNUSED)
 			next = I_MIN(next, w->asked + (time_t)w->retry_secs);
 			continue;
 		}
-		if (open >= WANTED_OPEN_MAX) {
+		if (open >= WANTED_OPEN_MAX && !wanted_is_shard(w)) {
 			next = I_MIN(next, ioloop_time + 1);
-			break;
+			continue;
 		}
 		if (w->asked != 0) {
 			w->retry_secs = I_MIN(w->retry_secs * 2,
@@ -195,10 +237,13 @@ static void wanted_ask(void *context ATTR_UNUSED)
 		}
 		T_BEGIN {
 			if (wanted_send(w, &error) < 0) {
-				e_warning(replay.event, "User %s: Cannot ask "
+				e_warning(replay.event, "%s: Cannot ask "
 					  "%s for what is lacking: %s",
-					  w->user, w->origin, error);
-			} else {
+					  wanted_is_shard(w) ?
+					  t_strdup_printf("Shard %u", w->shard) :
+					  t_strdup_printf("User %s", w->user),
+					  w->origin, error);
+			} else if (!wanted_is_shard(w)) {
 				open++;
 			}
 		} T_END;
@@ -240,6 +285,60 @@ void replay_wanted_add(const char *user, const char *origin,
 	wanted_ask(NULL);
 }
 
+void replay_wanted_add_shard(const char *origin, uint8_t shard,
+			     const char *reason)
+{
+	struct wanted *w = wanted_find_shard(origin, shard);
+
+	if (w != NULL) {
+		/* An answer to what was asked before may not have it. It is
+		   asked again in time, not for each gap. */
+		w->number = i_rand();
+		w->retry_secs = WANTED_RETRY_MIN_SECS;
+		return;
+	}
+	e_info(replay.event, "Shard %u: Asking %s for the state of all users: "
+	       "%s", shard, origin, reason);
+	w = array_append_space(&wanted_list);
+	w->user = i_strdup("");
+	w->origin = i_strdup(origin);
+	w->path = i_strdup_printf("%u", shard);
+	w->reason = i_strdup(reason);
+	w->shard = shard;
+	w->number = i_rand();
+	w->retry_secs = WANTED_RETRY_MIN_SECS;
+	T_BEGIN {
+		wanted_save();
+	} T_END;
+	replay_control_changed();
+	/* what else is missing shows first */
+	timeout_remove(&to_wanted);
+	to_wanted = timeout_add_short(WANTED_SHARD_DELAY_MSECS, wanted_ask,
+				      NULL);
+}
+
+static void wanted_remove(struct wanted *w)
+{
+	wanted_free(w);
+	array_delete(&wanted_list, array_ptr_to_idx(&wanted_list, w), 1);
+	T_BEGIN {
+		wanted_save();
+	} T_END;
+	replay_control_changed();
+}
+
+void replay_wanted_shard_arrived(const char *origin, uint8_t shard,
+				 uint32_t number)
+{
+	struct wanted *w = wanted_find_shard(origin, shard);
+
+	if (w == NULL || w->number != number)
+		return;
+	e_info(replay.event, "Shard %u: The state of all users came from %s",
+	       shard, origin);
+	wanted_remove(w);
+}
+
 bool replay_wanted_has(const char *user, const guid_128_t guid)
 {
 	return wanted_find(user, guid) != NULL;
@@ -249,14 +348,8 @@ void replay_wanted_arrived(const char *user, const guid_128_t guid)
 {
 	struct wanted *w = wanted_find(user, guid);
 
-	if (w == NULL)
-		return;
-	wanted_free(w);
-	array_delete(&wanted_list, array_ptr_to_idx(&wanted_list, w), 1);
-	T_BEGIN {
-		wanted_save();
-	} T_END;
-	replay_control_changed();
+	if (w != NULL)
+		wanted_remove(w);
 }
 
 unsigned int replay_wanted_count(const char *origin)

@@ -157,6 +157,7 @@ int main(int argc, char *argv[])
 	if (running) {
 		replay_control_deinit();
 		replay_streams_deinit();
+		replay_shards_deinit();
 		replay_wanted_deinit();
 		i_close_fd(&replay.lock_fd);
 	}

@@ -14,6 +14,7 @@
      dovetail-replay-users.c    open users and mailboxes
      dovetail-replay-spool.c    bodies that came ahead of their change
      dovetail-replay-wanted.c   what is lacking here and was asked for
+     dovetail-replay-shard.c    answer a peer that lacks entries of our log
      dovetail-replay-control.c  the connection to dovetail-queue */
 
 #include "dovetail-change.h"
@@ -68,6 +69,11 @@ int replay_user_find_mailbox(struct replay_user *user, const guid_128_t guid,
 /* Close the mailboxes that are kept open: names are about to change. */
 void replay_user_forget_mailboxes(struct replay_user *user);
 
+/* All users of the userdb whose changes go to the shard, allocated from pool.
+   Returns 0, or -1 and error_r (data stack). */
+int replay_users_list(unsigned int shard, pool_t pool,
+		      ARRAY_TYPE(const_string) *users_r, const char **error_r);
+
 /* ---- dovetail-replay-apply.c ---- */
 
 enum replay_result {
@@ -87,6 +93,16 @@ replay_apply(const char *origin, const void *data, size_t size,
 /* Queue the user's tree and what its mailboxes have unqueued. TRUE: all is
    queued. */
 bool replay_sweep(const char *username);
+/* Queue the user's tree and the state of each mailbox, without bodies, if this
+   node is the user's primary. FALSE: the queue did not take all. */
+bool replay_send_state(const char *username);
+
+/* ---- dovetail-replay-shard.c ---- */
+
+void replay_shards_deinit(void);
+/* asker wants the state of all our users of the shard. number comes back with
+   the answer. */
+void replay_shard_requested(const char *asker, uint8_t shard, uint32_t number);
 
 /* ---- dovetail-replay-mailbox.c, dovetail-replay-list.c ---- */
 
@@ -128,6 +144,16 @@ void replay_wanted_deinit(void);
 void replay_wanted_add(const char *user, const char *origin,
 		       const guid_128_t guid, const char *path,
 		       uint32_t uid_next, const char *reason);
+/* Entries of origin's log of the shard are missing: the state of all its users
+   there has to come. The same until replay_wanted_shard_arrived() with the number
+   of the last question. */
+void replay_wanted_add_shard(const char *origin, uint8_t shard,
+			     const char *reason);
+void replay_wanted_shard_arrived(const char *origin, uint8_t shard,
+				 uint32_t number);
+/* Queue a change of our own. Returns 0, or -1 and error_r (data stack). */
+int replay_queue_change(const struct dovetail_change *change,
+			const char **error_r);
 bool replay_wanted_has(const char *user, const guid_128_t guid);
 void replay_wanted_arrived(const char *user, const guid_128_t guid);
 /* Of the peer origin. */

@@ -42,6 +42,11 @@ enum dovetail_change_kind {
 	DOVETAIL_CHANGE_SPOOL = 5,
 	/* nothing happened; shows that the origin is alive */
 	DOVETAIL_CHANGE_HEARTBEAT = 6,
+	/* a replica missed entries of a node's log: it asks that node for the
+	   state of all users of the shard whose primary the node is */
+	DOVETAIL_CHANGE_SHARD_REQUEST = 7,
+	/* everything a SHARD_REQUEST asked for stands before this */
+	DOVETAIL_CHANGE_SHARD_SWEPT = 8,
 };
 
 /* A place in a mailbox's transaction log. Places are comparable only with
@@ -209,9 +214,18 @@ struct dovetail_change_spool {
 	size_t size;
 };
 
+struct dovetail_change_shard {
+	uint8_t shard;
+	/* who is asked; for SHARD_SWEPT: who had asked. The other nodes read it
+	   too, and it is not for them. */
+	const char *node;
+	/* of the question, chosen by the asker; the answer repeats it */
+	uint32_t number;
+};
+
 struct dovetail_change {
 	enum dovetail_change_kind kind;
-	/* "" only for HEARTBEAT */
+	/* "" for HEARTBEAT and SHARD_*, and only for those */
 	const char *user;
 	union {
 		struct dovetail_change_mailbox mailbox;
@@ -219,6 +233,7 @@ struct dovetail_change {
 		struct dovetail_change_tree tree;
 		struct dovetail_change_request request;
 		struct dovetail_change_spool spool;
+		struct dovetail_change_shard shard;
 	} u;
 };
 

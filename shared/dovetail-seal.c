@@ -37,6 +37,15 @@ struct sealed {
 	size_t ad_size, signed_size;
 };
 
+unsigned int dovetail_user_shard(const char *user, unsigned int shards)
+{
+	unsigned char hash[DOVETAIL_HASH_SIZE];
+
+	crypto_generichash(hash, sizeof(hash), (const unsigned char *)user,
+			   strlen(user), NULL, 0);
+	return be64_to_cpu_unaligned(hash) % shards;
+}
+
 const char *dovetail_open_ret_name(enum dovetail_open_ret ret)
 {
 	static const char *const names[DOVETAIL_OPEN_RET_COUNT] = {

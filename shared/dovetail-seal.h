@@ -101,6 +101,10 @@ enum dovetail_open_ret {
 	DOVETAIL_OPEN_RET_COUNT
 };
 
+/* Which log the changes of a user go to: the first 8 bytes, big-endian, of
+   BLAKE2b-256 of the name, modulo the number of shards. */
+unsigned int dovetail_user_shard(const char *user, unsigned int shards);
+
 /* A short lower-case word for status and log fields ("bad-signature"). */
 const char *dovetail_open_ret_name(enum dovetail_open_ret ret);
 

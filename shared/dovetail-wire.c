@@ -5,6 +5,7 @@
 #include "buffer.h"
 #include "numpack.h"
 #include "mail-types.h"
+#include "dovetail-node.h"
 #include "dovetail-wire.h"
 
 /* The flags that travel: \Recent and Dovecot's internal bits do not. */
@@ -359,6 +360,12 @@ void dovetail_change_encode(buffer_t *buf, const struct dovetail_change *change)
 		buffer_append(buf, change->u.spool.data, change->u.spool.size);
 		return;
 	case DOVETAIL_CHANGE_HEARTBEAT:
+		return;
+	case DOVETAIL_CHANGE_SHARD_REQUEST:
+	case DOVETAIL_CHANGE_SHARD_SWEPT:
+		dovetail_wire_put_u8(buf, change->u.shard.shard);
+		dovetail_wire_put_str(buf, change->u.shard.node);
+		dovetail_wire_put_num(buf, change->u.shard.number);
 		return;
 	}
 	i_unreached();
@@ -742,6 +749,24 @@ static void get_spool(struct decoder *d, struct dovetail_change_spool *spool)
 		spool->data = get_raw(d, "data", spool->size);
 }
 
+static void get_shard(struct decoder *d, struct dovetail_change_shard *shard)
+{
+	d->kind = "shard change";
+	shard->shard = get_u8(d, "shard");
+	shard->node = get_str(d, "node");
+	if (!dovetail_node_name_is_valid(shard->node))
+		invalid(d, "node", "is not a node name");
+	shard->number = get_num32(d, "number");
+}
+
+/* Changes that are not about one user */
+static bool kind_has_no_user(uint8_t kind)
+{
+	return kind == DOVETAIL_CHANGE_HEARTBEAT ||
+		kind == DOVETAIL_CHANGE_SHARD_REQUEST ||
+		kind == DOVETAIL_CHANGE_SHARD_SWEPT;
+}
+
 static const char *decoder_error(const struct decoder *d)
 {
 	if (d->op == NULL) {
@@ -770,7 +795,7 @@ change_decode(pool_t pool, const void *data, size_t size, bool head_only,
 	kind = get_u8(&d, "kind");
 	change_r->kind = kind;
 	change_r->user = get_str(&d, "user");
-	if ((*change_r->user == '\0') != (kind == DOVETAIL_CHANGE_HEARTBEAT))
+	if ((*change_r->user == '\0') != kind_has_no_user(kind))
 		invalid(&d, "user", "does not go with the kind");
 
 	switch (kind) {
@@ -796,6 +821,10 @@ change_decode(pool_t pool, const void *data, size_t size, bool head_only,
 		break;
 	case DOVETAIL_CHANGE_HEARTBEAT:
 		d.kind = "heartbeat";
+		break;
+	case DOVETAIL_CHANGE_SHARD_REQUEST:
+	case DOVETAIL_CHANGE_SHARD_SWEPT:
+		get_shard(&d, &change_r->u.shard);
 		break;
 	default:
 		invalid(&d, "kind", "is unknown");

@@ -28,6 +28,7 @@
      REQUEST   guid  str name  num uid_next
      SPOOL     16 bytes id  num offset  data to the end (1..128 KiB)
      HEARTBEAT nothing more; user is ""
+     SHARD_REQUEST, SHARD_SWEPT   u8 shard  str node  num number; user is ""
 
    op := u8 type, by type:
      APPEND    num uid  str guid  u8 flags

@@ -468,6 +468,19 @@ class Node(Daemon):
                 os.kill(pid, signal.SIGKILL)
         return len(pids)
 
+    @contextlib.contextmanager
+    def paused(self, service):
+        """The processes of a service stand still meanwhile."""
+        pids = wait_for(lambda: self.pids(service), service)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
     def log_text(self):
         if self.final_log is not None:
             return self.final_log
@@ -824,6 +837,9 @@ ssl = no
 disable_plaintext_auth = no
 mail_plugins = {plugins}
 mail_max_userip_connections = 100
+# else the save date of sdbox and Maildir is the file's ctime, which the primary
+# itself changes with every hard link and rename
+mail_always_cache_fields = date.save
 first_valid_uid = 1
 auth_failure_delay = 0
 default_vsz_limit = 1G
@@ -880,6 +896,7 @@ service lmtp {{
 service auth {{
   unix_listener auth-userdb {{
     mode = 0666
+    user = {mail}
   }}
 }}
 service stats {{

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import functools
 import http.client
 import json
 import os
@@ -16,7 +17,8 @@ import time
 
 import pytest
 
-from cluster import DOVEADM, MAIL_USER, Cluster, free_port, mail, wait_for
+from cluster import (DOVEADM, MAIL_USER, Cluster, Node, free_port, mail,
+                     wait_for)
 
 # sysexits.h
 USAGE, NOUSER, CANTCREAT, TEMPFAIL, PROTOCOL, NOPERM, CONFIG = (
@@ -26,26 +28,25 @@ PUBLIC_LINE = re.compile(r"dovetail-public-1 ([a-z0-9.-]+) (\S{44})\n")
 POSITION = re.compile(r"(\d+):(\d+)$")
 
 
-def dovetail(node, *args, exit=0, formatter=None, **kwargs):
+def dovetail(node, /, *args, exit=0, formatter=None, options=(), **settings):
     """Run doveadm dovetail ARGS, which must end with the exit status; returns
-    what it printed on stdout and stderr."""
-    done = node.doveadm("dovetail", *args, check=False, formatter=formatter,
-                        **kwargs)
-    out, err = done.stdout.decode(), done.stderr.decode()
-    assert done.returncode == exit, (done.returncode, out, err)
-    assert "Panic" not in err and "Raw backtrace" not in err, err
-    return out, err
-
-
-def with_settings(node, /, *args, exit=0, **settings):
-    """The same with other settings: key_dir="/x" sets dovetail_key_dir."""
-    argv = [DOVEADM, "-c", node.conf]
+    what it printed on stdout and stderr. settings: ack="local" overrides
+    dovetail_ack."""
+    argv = [DOVEADM, *options, "-c", node.conf]
+    argv += ["-f", formatter] if formatter else []
     for name, value in settings.items():
         argv += ["-o", "plugin/dovetail_%s=%s" % (name, value)]
-    done = subprocess.run(argv + ["dovetail", *args], capture_output=True,
-                          text=True, timeout=60)
+    done = subprocess.run(argv + ["dovetail", *map(str, args)], text=True,
+                          capture_output=True, stdin=subprocess.DEVNULL,
+                          timeout=60)
     assert done.returncode == exit, (done.returncode, done.stdout, done.stderr)
+    assert "Panic" not in done.stderr, done.stderr
     return done.stdout, done.stderr
+
+
+def ask(node, *args):
+    """The rows that doveadm dovetail ARGS prints."""
+    return json.loads(dovetail(node, *args, formatter="json")[0])
 
 
 def mode(path):
@@ -62,8 +63,7 @@ def key_path(node, suffix=".key"):
 
 
 def rows(node, *args):
-    return {row["mailbox"]: row for row in
-            node.doveadm("dovetail", "status", *args, formatter="json")}
+    return {row["mailbox"]: row for row in ask(node, "status", *args)}
 
 
 @pytest.fixture
@@ -98,19 +98,15 @@ def test_keygen_writes_keys_and_prints_only_the_public_one(stopped):
 def test_keygen_never_prints_the_secret(stopped, formatter):
     node = stopped.a
     os.unlink(key_path(node))
-    argv = [DOVEADM, "-D", "-c", node.conf]
-    argv += ["-f", formatter] if formatter else []
-    done = subprocess.run(argv + ["dovetail", "keygen"], capture_output=True,
-                          text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    out, err = dovetail(node, "keygen", formatter=formatter, options=["-D"])
     public = read(key_path(node, ".pub")).split("\n")[0]
     secret = read(key_path(node)).split()[2]
     assert len(base64.b64decode(secret)) == 32
-    assert public in done.stdout
-    assert secret not in done.stdout + done.stderr
-    assert base64.b64decode(secret).hex() not in done.stdout + done.stderr
+    assert public in out
+    assert secret not in out + err
+    assert base64.b64decode(secret).hex() not in out + err
     if formatter == "json":
-        assert json.loads(done.stdout) == [{"public_key": public}]
+        assert json.loads(out) == [{"public_key": public}]
 
 
 def test_keygen_leaves_an_existing_key_alone(stopped):
@@ -137,7 +133,7 @@ def test_keygen_rotates(stopped):
     ids = {}
     for step in "before", "after":
         ids[step] = [row["key_id"].split(",") for row in
-                     b.doveadm("dovetail", "peers", formatter="json")
+                     ask(b, "peers")
                      if row["node"] == "a"][0]
         b.trust(a)
     assert len(ids["before"]) == 1 and len(ids["after"]) == 2
@@ -146,7 +142,7 @@ def test_keygen_rotates(stopped):
 
 def test_keygen_needs_little(stopped, tmp_path):
     """A key can be made before the other settings are right."""
-    out, _ = with_settings(stopped.a, "keygen", key_dir=tmp_path / "new",
+    out, _ = dovetail(stopped.a, "keygen", key_dir=tmp_path / "new",
                            redis="nonsense", peers="")
     assert out == read(tmp_path / "new" / "a.pub")
 
@@ -155,14 +151,14 @@ def test_keygen_needs_little(stopped, tmp_path):
     ("node", ""), ("node", "Not A Name"), ("node", "../a"), ("node", "x" * 65),
     ("key_dir", "relative")])
 def test_keygen_names_the_wrong_setting(stopped, name, value):
-    out, err = with_settings(stopped.a, "keygen", exit=CONFIG,
+    out, err = dovetail(stopped.a, "keygen", exit=CONFIG,
                              **{name: value})
     assert out == "" and "dovetail_%s: " % name in err
 
 
 def test_keygen_in_a_place_that_cannot_be(stopped, tmp_path):
     (tmp_path / "file").write_text("")
-    out, err = with_settings(stopped.a, "keygen", exit=CANTCREAT,
+    out, err = dovetail(stopped.a, "keygen", exit=CANTCREAT,
                              key_dir=tmp_path / "file" / "keys")
     assert out == "" and str(tmp_path / "file" / "keys") in err
 
@@ -171,13 +167,13 @@ def test_keygen_in_a_place_that_cannot_be(stopped, tmp_path):
 
 def test_peers(stopped):
     node = stopped.a
-    found = node.doveadm("dovetail", "peers", formatter="json")
+    found = ask(node, "peers")
     assert [(row["node"], row["key_file"], row["status"]) for row in found] \
         == [("a", key_path(node), "ok"),
             ("b", os.path.join(node.key_dir, "b.pub"), "ok")]
     assert all(re.fullmatch("[0-9a-f]{16}", row["key_id"]) for row in found)
     # both sides name the same keys
-    other = stopped.b.doveadm("dovetail", "peers", formatter="json")
+    other = ask(stopped.b, "peers")
     assert {row["node"]: row["key_id"] for row in found} == \
         {row["node"]: row["key_id"] for row in other}
 
@@ -242,7 +238,7 @@ def test_peers_checks_our_own_key(stopped, broken):
 def test_wrong_settings_are_named(stopped, verb):
     for name, value in [("shards", "900"), ("peers", "a"), ("redis", "x:y"),
                         ("ack", "perhaps"), ("node", "")]:
-        out, err = with_settings(stopped.a, verb, exit=CONFIG,
+        out, err = dovetail(stopped.a, verb, exit=CONFIG,
                                  **{name: value})
         assert out == "" and "dovetail_%s: " % name in err
 
@@ -358,12 +354,26 @@ def test_status_is_brief_unless_told(stopped, tmp_path):
                        "error"])]):
         path = str(tmp_path / str(i))
         with FakeQueue(path, welcome + status_frame(*ROWS)):
-            done = subprocess.run(
-                [DOVEADM, *options, "-c", stopped.a.conf, "dovetail",
-                 "status", "-a", path], capture_output=True, text=True,
-                timeout=60)
-        assert done.returncode == 0
-        assert done.stdout.split("\n")[0].split() == header
+            out, _ = dovetail(stopped.a, "status", "-a", path,
+                              options=options)
+        assert out.split("\n")[0].split() == header
+
+
+def test_status_tells_what_is_wrong_at_the_end(stopped, tmp_path):
+    """A brief table stays in line, also in a pipe, which has 80 columns."""
+    path = str(tmp_path / "s")
+    found = [{"node": "a", "peer": "b", "connection": connection,
+              "error": error, "lag": "0.001"}
+             for connection, error in [("ok", ""), ("it " + "x" * 40, ""),
+                                       ("no", "no"), ("no", "bad")]]
+    with FakeQueue(path, welcome + status_frame(*found)):
+        out, _ = dovetail(stopped.a, "status", "-a", path)
+    assert [line.rstrip() for line in out.splitlines()] == [
+        "node peer connection   lag error",
+        "a    b    ok         0.001 -",
+        "a    b    failed     0.001 it " + "x" * 40,
+        "a    b    failed     0.001 no",
+        "a    b    failed     0.001 no; bad"]
 
 
 @pytest.mark.parametrize("sends,exit,what", [
@@ -419,7 +429,7 @@ def test_status_of_a_node(running, formatter):
     node = running.a
     wait_for(lambda: any(
         row.get("peer") == "b" for row in
-        node.doveadm("dovetail", "status", formatter="json")),
+        ask(node, "status")),
         "a row about the peer")
     out, err = dovetail(node, "status", formatter=formatter)
     assert err == ""
@@ -488,8 +498,7 @@ def test_status_of_several_users(running, tmp_path):
             (("-A",), {str(u) for u in running.users}),
             (("-u", "u*"), {str(u) for u in running.users}),
             (("-F", tmp_path / "users"), {str(here), str(there)})]:
-        found = running.a.doveadm("dovetail", "status", *args, "INBOX",
-                                  formatter="json")
+        found = ask(running.a, "status", *args, "INBOX")
         assert {row["username"] for row in found} >= {str(here), str(there)}
         assert {row["username"] for row in found} <= wanted
         assert {row["mailbox"] for row in found} == {"INBOX"}
@@ -577,7 +586,7 @@ service doveadm {
     user = cluster.user()
     user.lmtp(mail("one"))
 
-    def ask(name, **parameters):
+    def post(name, **parameters):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request(
             "POST", "/doveadm/v1", json.dumps([[name, parameters, "t"]]),
@@ -587,14 +596,14 @@ service doveadm {
         assert tag == "t"
         return kind, body
 
-    kind, body = ask("dovetailStatus")
+    kind, body = post("dovetailStatus")
     assert kind == "doveadmResponse" and body[0]["node"] == "a"
-    kind, body = ask("dovetailStatus", user=str(user), mailboxMask=["INBOX"])
+    kind, body = post("dovetailStatus", user=str(user), mailboxMask=["INBOX"])
     assert kind == "doveadmResponse" and body[0]["messages"] == "1"
-    kind, body = ask("dovetailPeers")
+    kind, body = post("dovetailPeers")
     assert [row["status"] for row in body] == ["ok", "ok"]
     cluster.expect_errors("a.key exists already")
-    assert ask("dovetailKeygen") == ("error", {"type": "exitCode",
+    assert post("dovetailKeygen") == ("error", {"type": "exitCode",
                                                "exitCode": CANTCREAT})
 
 
@@ -614,7 +623,6 @@ def example(cluster, node, uncommented):
     text = text.replace("user = vmail", "user = " + MAIL_USER)
     peer, = (n.name for n in cluster.nodes if n is not node)
     return text + """
-mail_plugins = $mail_plugins dovetail
 plugin {
   dovetail_node = %s
   dovetail_peers = %s
@@ -628,11 +636,22 @@ plugin {
 
 @pytest.mark.parametrize("uncommented", [False, True])
 def test_example_configuration(new_cluster, uncommented):
-    cluster = new_cluster(start=False)
-    for node in cluster.nodes:
-        # nothing of what the fixture would configure
+    def configure(node):
+        """Nothing of what the fixture would say about dovetail; the plugin as
+        the example says it."""
         node.plugin = False
         node.extra_conf = example(cluster, node, uncommented)
+        Node.write_conf(node)
+        text, count = re.subn(r"(?m)^mail_plugins = $",
+                              "mail_plugins = $mail_plugins dovetail",
+                              read(node.conf))
+        assert count == 1
+        with open(node.conf, "w") as f:
+            f.write(text)
+
+    cluster = new_cluster(start=False)
+    for node in cluster.nodes:
+        node.write_conf = functools.partial(configure, node)
     cluster.start()
     user = cluster.user()
     user.lmtp(mail("one"))

@@ -12,7 +12,7 @@ import pytest
 
 import view
 from conftest import FORMAT_PAIRS
-from cluster import Refused, literal, mail, quote
+from cluster import Refused, literal, mail, quote, wait_for
 
 DATE = "17-Jul-1996 02:44:25 -0700"
 
@@ -734,6 +734,21 @@ def test_maildir_folder_made_by_hand(maildir):
 
 
 # -- and together
+
+def test_dates_are_those_of_the_primary(box):
+    """Also when the replica is seconds behind."""
+    box.wait_equal()
+    with box.replica.paused("dovetail-replay"):
+        box.lmtp(mail("mail 6"))
+        imap(box, "COPY 1:2 INBOX", "COPY 3 work", "MOVE 4 work/old",
+             r"STORE 5 +FLAGS (\Seen)")
+        with box.imap() as session:
+            session.append("work", mail("appended"))
+        box.doveadm("copy", "work", "mailbox", "INBOX", "uid", "5")
+        begin = time.time()
+        wait_for(lambda: time.time() > begin + 2.1, "another second")
+    box.wait_equal()
+
 
 def test_refused_command_changes_nothing(box):
     before = view.view(box.primary, box)

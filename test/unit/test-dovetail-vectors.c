@@ -238,6 +238,14 @@ static void text_change(string_t *str, const struct dovetail_change *change)
 	case DOVETAIL_CHANGE_HEARTBEAT:
 		str_append(str, "heartbeat");
 		return;
+	case DOVETAIL_CHANGE_SHARD_REQUEST:
+	case DOVETAIL_CHANGE_SHARD_SWEPT:
+		str_append(str, change->kind == DOVETAIL_CHANGE_SHARD_REQUEST ?
+			   "shard_request" : "shard_swept");
+		str_printfa(str, " shard=%u", change->u.shard.shard);
+		text_str(str, " node=", change->u.shard.node);
+		str_printfa(str, " number=%u", change->u.shard.number);
+		return;
 	}
 }
 

@@ -449,7 +449,18 @@ static void heartbeat_fill(struct dovetail_change *change)
 	change->user = "";
 }
 
-#define SAMPLES 16
+static void shard_fill(struct dovetail_change *change,
+		       enum dovetail_change_kind kind)
+{
+	i_zero(change);
+	change->kind = kind;
+	change->user = "";
+	change->u.shard.shard = 3;
+	change->u.shard.node = "node-1.b";
+	change->u.shard.number = 0xffffffff;
+}
+
+#define SAMPLES 18
 static bool sample_fill(unsigned int idx, struct dovetail_change *change)
 {
 	switch (idx) {
@@ -475,9 +486,15 @@ static bool sample_fill(unsigned int idx, struct dovetail_change *change)
 	case 6:
 		heartbeat_fill(change);
 		return TRUE;
+	case 7:
+		shard_fill(change, DOVETAIL_CHANGE_SHARD_REQUEST);
+		return TRUE;
+	case 8:
+		shard_fill(change, DOVETAIL_CHANGE_SHARD_SWEPT);
+		return TRUE;
 	default:
-		list_fill(change, idx - 6);
-		return idx - 6 <= DOVETAIL_LIST_UPDATE;
+		list_fill(change, idx - 8);
+		return idx - 8 <= DOVETAIL_LIST_UPDATE;
 	}
 }
 
@@ -649,7 +666,7 @@ static void test_wire_change_samples(void)
 			test_assert_idx(!decodes(buf->data, buf->used,
 						 &error), i);
 	} T_END;
-	test_assert(i == 14);
+	test_assert(i == 16);
 	test_assert(refused > 0);
 	test_end();
 }
@@ -667,7 +684,7 @@ static void test_wire_change_random(void)
 		buffer_t *buf = t_buffer_create(1024);
 		unsigned char *data;
 
-		(void)sample_fill(i % 14, &change);
+		(void)sample_fill(i % 16, &change);
 		dovetail_change_encode(buf, &change);
 		data = buffer_get_modifiable_data(buf, NULL);
 		for (j = 0; j < 3; j++) {
@@ -738,6 +755,15 @@ static void test_wire_change_refused(void)
 		"request: user does not go with the kind");
 	REFUSED(request_fill(&change), i_zero(&change.u.request.guid),
 		"request: name is given without guid");
+	REFUSED(shard_fill(&change, DOVETAIL_CHANGE_SHARD_REQUEST),
+		change.user = "x",
+		"shard change: user does not go with the kind");
+	REFUSED(shard_fill(&change, DOVETAIL_CHANGE_SHARD_SWEPT),
+		change.u.shard.node = "",
+		"shard change: node is not a node name");
+	REFUSED(shard_fill(&change, DOVETAIL_CHANGE_SHARD_SWEPT),
+		change.u.shard.node = "A",
+		"shard change: node is not a node name");
 	REFUSED(mailbox_fill(&change), i_zero(&change.u.mailbox.guid),
 		"mailbox change: guid is zero");
 	REFUSED(mailbox_fill(&change), change.u.mailbox.flags = 4,

@@ -177,12 +177,13 @@ P25519 = 2**255 - 19
 
 
 class Node:
-    """A key pair. label tells several keys of a node from each other."""
+    """A key pair. label tells several keys of a node from each other. seed:
+    that of a real key."""
 
-    def __init__(self, name, label=None):
+    def __init__(self, name, label=None, seed=None):
         self.name = name
-        self.seed = blake2b(b"dovetail vectors key " +
-                            (label or name).encode())
+        self.seed = seed or blake2b(b"dovetail vectors key " +
+                                    (label or name).encode())
         self.sign = Ed25519PrivateKey.from_private_bytes(self.seed)
         self.pk = self.sign.public_key().public_bytes(Encoding.Raw,
                                                       PublicFormat.Raw)
@@ -383,6 +384,16 @@ def heartbeat(user=""):
     return head(6, user), "heartbeat"
 
 
+SHARD_REQUEST, SHARD_SWEPT = 7, 8
+
+
+def shard_change(kind, shard=3, node="node-1.b", number=2**32 - 1, user=""):
+    return (head(kind, user) + bytes([shard]) + bstr(node) + num(number),
+            "%s shard=%d node=%s number=%d" %
+            ("shard_request" if kind == SHARD_REQUEST else "shard_swept",
+             shard, qstr(node), number))
+
+
 # ---- entries ----
 
 class Chain:
@@ -577,6 +588,9 @@ def make_changes():
     ok("TREE, empty", tree([], []))
     ok("REQUEST for a mailbox", request())
     ok("REQUEST for the user", request(NO_GUID, "", 0))
+    ok("SHARD_REQUEST", shard_change(SHARD_REQUEST))
+    ok("SHARD_REQUEST, the largest shard", shard_change(SHARD_REQUEST, 255))
+    ok("SHARD_SWEPT", shard_change(SHARD_SWEPT, 0, "a", 0))
     ok("SPOOL", spool(b"piece of a body", 131072))
     data, text = spool(b"a" * 131072)
     f.ok("SPOOL, the largest chunk", "change",
@@ -605,7 +619,7 @@ def make_refused_changes():
     app = append(inline=BODY)[0]
     bad("nothing", b"", "change: kind")
     bad("kind 0", head(0, "u"), "change: kind")
-    bad("kind of a newer version", head(7, "u"), "change: kind")
+    bad("kind of a newer version", head(9, "u"), "change: kind")
     bad("HEARTBEAT with a user", heartbeat("u"), "heartbeat: user")
     bad("HEARTBEAT with a byte left over", heartbeat()[0] + b"\x00",
         "heartbeat: end")
@@ -720,6 +734,18 @@ def make_refused_changes():
     bad("REQUEST with a name and no GUID", request(NO_GUID, "INBOX"),
         "request: name")
     bad("REQUEST cut off", request()[0][:-1], "request: uid_next")
+    bad("SHARD_REQUEST with a user", shard_change(SHARD_REQUEST, user="u"),
+        "shard change: user")
+    bad("SHARD_REQUEST without a node", shard_change(SHARD_REQUEST, node=""),
+        "shard change: node")
+    bad("SHARD_SWEPT: a node of a wrong name",
+        shard_change(SHARD_SWEPT, node="a/b"), "shard change: node")
+    bad("SHARD_SWEPT: number of 33 bits",
+        shard_change(SHARD_SWEPT, number=2**32), "shard change: number")
+    bad("SHARD_SWEPT cut off", shard_change(SHARD_SWEPT)[0][:-1],
+        "shard change: number")
+    bad("SHARD_SWEPT with a byte left over",
+        shard_change(SHARD_SWEPT)[0] + b"\x00", "shard change: end")
     bad("SPOOL without data", spool(b""), "spool chunk: data")
     bad("SPOOL cut off in its id", spool(b"")[0][:-5], "spool chunk: id")
     bad("SPOOL: data past the end of numbers", spool(b"ab", 2**64 - 2),
