@@ -10,7 +10,6 @@
 #include "ioloop.h"
 #include "master-service.h"
 #include "master-service-settings.h"
-#include "mkdir-parents.h"
 #include "net.h"
 #include "priorityq.h"
 #include "restrict-access.h"
@@ -18,6 +17,7 @@
 #include "settings-parser.h"
 #include "dovetail-compat.h"
 #include "dovetail-queue-private.h"
+#include "dovetail-service.h"
 
 #include <fcntl.h>
 #include <pwd.h>
@@ -26,7 +26,6 @@
 #include <sys/stat.h>
 
 #define QUEUE_SERVICE_NAME "dovetail-queue"
-#define PASSWORD_MAX_LEN 1024
 /* A command that takes longer is a lost connection. */
 #define REDIS_TIMEOUT_MSECS 5000
 /* how long the end waits for answers of Redis */
@@ -146,71 +145,15 @@ static void queue_tick(struct dovetail_queue *q)
 
 /* ---- start ---- */
 
-/* The first line of FILE, or NULL when there is no such file. */
-static char *queue_read_password(const char *key_dir)
-{
-	const char *path = t_strconcat(key_dir, "/redis.password", NULL);
-	char line[PASSWORD_MAX_LEN + 1], *password;
-	struct stat st;
-	ssize_t ret;
-	int fd;
-
-	fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-	if (fd == -1) {
-		if (errno == ENOENT)
-			return NULL;
-		i_fatal("open(%s) failed: %m", path);
-	}
-	if (fstat(fd, &st) < 0)
-		i_fatal("fstat(%s) failed: %m", path);
-	if (!S_ISREG(st.st_mode) || (st.st_mode & 077) != 0) {
-		i_fatal("%s must be a file that only its owner can read "
-			"(chmod 600 %s)", path, path);
-	}
-	ret = read(fd, line, sizeof(line));
-	if (ret < 0)
-		i_fatal("read(%s) failed: %m", path);
-	i_close_fd(&fd);
-	if (ret == (ssize_t)sizeof(line))
-		i_fatal("%s: The first line is too long", path);
-	line[ret] = '\0';
-	line[strcspn(line, "\r\n")] = '\0';
-	if (line[0] == '\0')
-		i_fatal("%s: The first line is empty, it should be the "
-			"password for Redis", path);
-	password = i_strdup(line);
-	safe_memset(line, 0, sizeof(line));
-	return password;
-}
-
-static void queue_make_dir(const char *path, mode_t mode, uid_t uid, gid_t gid)
-{
-	struct stat st;
-	int fd;
-
-	if (mkdir_parents(path, mode) < 0 && errno != EEXIST)
-		i_fatal("mkdir(%s) failed: %m", path);
-	fd = open(path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-	if (fd == -1)
-		i_fatal("open(%s) failed: %m", path);
-	if (fstat(fd, &st) < 0)
-		i_fatal("fstat(%s) failed: %m", path);
-	if (geteuid() == 0 && st.st_uid != uid && fchown(fd, uid, gid) < 0)
-		i_fatal("fchown(%s) failed: %m", path);
-	if ((st.st_mode & 07777) != mode && fchmod(fd, mode) < 0)
-		i_fatal("fchmod(%s) failed: %m", path);
-	i_close_fd(&fd);
-}
-
 /* Make the directories for the user we will be. dovetail_state_dir itself is
    root's; each service has a directory of its own in it. */
 static void queue_make_state_dir(pool_t pool, struct dovetail_settings *set,
 				 uid_t uid, gid_t gid)
 {
-	queue_make_dir(set->state_dir, 0711, geteuid(), getegid());
+	dovetail_service_make_dir(set->state_dir, 0711, geteuid(), getegid());
 	set->state_dir = p_strconcat(pool, set->state_dir, "/queue", NULL);
-	queue_make_dir(set->state_dir, 0700, uid, gid);
-	queue_make_dir(t_strconcat(set->state_dir, "/dirty", NULL), 0700,
+	dovetail_service_make_dir(set->state_dir, 0700, uid, gid);
+	dovetail_service_make_dir(t_strconcat(set->state_dir, "/dirty", NULL), 0700,
 		       uid, gid);
 }
 
@@ -446,7 +389,7 @@ int main(int argc, char *argv[])
 	if (dovetail_keyring_open(set.key_dir, set.node, set.peers, &keyring,
 				  &error) < 0)
 		i_fatal("%s", error);
-	password = queue_read_password(set.key_dir);
+	password = dovetail_service_read_password(set.key_dir);
 	queue_get_user(&service, &rset);
 	queue_make_state_dir(pool, &set, rset.uid, rset.gid);
 

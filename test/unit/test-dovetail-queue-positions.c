@@ -8,8 +8,7 @@
 static struct dovetail_queue_positions *table;
 
 /* groups are only compared */
-#define GROUP(n) ((struct dovetail_queue_group *)(groups + (n)))
-static char groups[10];
+#define GROUP(n) ((struct dovetail_queue_group *)POINTER_CAST((n) + 1))
 
 static struct dovetail_queue_position_change
 change(uint8_t mailbox, uint32_t index_id, uint32_t from, uint32_t to)
