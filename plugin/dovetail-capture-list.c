@@ -326,10 +326,7 @@ int dovetail_plugin_capture_tree(struct mail_user *user, const char **error_r)
 	t_array_init(&change.u.tree.mailboxes, 64);
 	t_array_init(&change.u.tree.subscriptions, 64);
 	for (ns = user->namespaces; ns != NULL; ns = ns->next) {
-		if (ns->type == MAIL_NAMESPACE_TYPE_PRIVATE &&
-		    ns->owner == user &&
-		    (ns->flags & NAMESPACE_FLAG_USABLE) != 0 &&
-		    ns->alias_for == NULL &&
+		if (dovetail_namespace_is_own(ns, user) &&
 		    tree_add_namespace(ns, &change.u.tree, error_r) < 0)
 			return -1;
 	}
@@ -376,9 +373,7 @@ int dovetail_plugin_sweep(struct mail_user *user, bool snapshots,
 
 	t_array_init(&own, 4);
 	for (ns = user->namespaces; ns != NULL; ns = ns->next) {
-		if (ns->type == MAIL_NAMESPACE_TYPE_PRIVATE &&
-		    ns->owner == user && ns->alias_for == NULL &&
-		    (ns->flags & NAMESPACE_FLAG_USABLE) != 0)
+		if (dovetail_namespace_is_own(ns, user))
 			array_push_back(&own, &ns);
 	}
 	namespaces = array_get(&own, &count);

@@ -26,6 +26,19 @@ dovetail_compat_user_setting(void *context, const char *name)
 }
 #endif
 
+#ifdef MAIL_NAMESPACE_H
+/* ---- a namespace: mail-namespace.h, mail-storage-settings.h ---- */
+
+/* TRUE: it was made for a location somebody named on the way ("doveadm import"),
+   not by the configuration: its mailboxes are not the user's. */
+static inline bool
+dovetail_compat_namespace_is_foreign(const struct mail_namespace *ns)
+{
+	return str_begins(ns->unexpanded_set->location,
+			  SETTING_STRVAR_EXPANDED);
+}
+#endif
+
 #ifdef DOVEADM_H
 /* ---- doveadm: doveadm.h ---- */
 

@@ -3,7 +3,10 @@
 #include "lib.h"
 #include "mail-user.h"
 #include "mail-namespace.h"
+#include "mail-storage-settings.h"
+#include "settings-parser.h"
 #include "dovetail-change.h"
+#include "dovetail-compat.h"
 #include "dovetail-name.h"
 
 static const char *name_replace(const char *name, char from, char to)
@@ -15,6 +18,13 @@ static const char *name_replace(const char *name, char from, char to)
 			*p = to;
 	}
 	return copy;
+}
+
+bool dovetail_namespace_is_own(const struct mail_namespace *ns,
+			       const struct mail_user *user)
+{
+	return ns->type == MAIL_NAMESPACE_TYPE_PRIVATE && ns->owner == user &&
+		ns->alias_for == NULL && !dovetail_compat_namespace_is_foreign(ns);
 }
 
 const char *dovetail_name_to_path(struct mail_namespace *ns, const char *vname)
@@ -31,7 +41,7 @@ int dovetail_name_from_path(struct mail_user *user, const char *path,
 	const char *vname;
 
 	for (ns = user->namespaces; ns != NULL; ns = ns->next) {
-		if (ns->type != MAIL_NAMESPACE_TYPE_PRIVATE)
+		if (!dovetail_namespace_is_own(ns, user))
 			continue;
 		vname = name_replace(path, DOVETAIL_NAME_SEP,
 				     mail_namespace_get_sep(ns));

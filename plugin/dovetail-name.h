@@ -7,6 +7,11 @@
 struct mail_user;
 struct mail_namespace;
 
+/* TRUE: the namespace's mailboxes are the user's own and replicated. An alias
+   shows mailboxes of another namespace. */
+bool dovetail_namespace_is_own(const struct mail_namespace *ns,
+			       const struct mail_user *user);
+
 /* vname of a mailbox of ns as a path. Data stack. */
 const char *dovetail_name_to_path(struct mail_namespace *ns, const char *vname);
 

@@ -9,6 +9,7 @@
 #include "mail-index-transaction-private.h"
 #include "mail-index-modseq.h"
 #include "dovetail-compat.h"
+#include "dovetail-name.h"
 #include "dovetail-plugin.h"
 #include "dovetail-plugin-init.h"
 #include "dovetail-position.h"
@@ -183,7 +184,7 @@ static struct dovetail_user *mailbox_get_duser(struct mailbox *box)
 {
 	struct mail_namespace *ns = mailbox_list_get_namespace(box->list);
 
-	if (ns->type != MAIL_NAMESPACE_TYPE_PRIVATE || ns->owner == NULL)
+	if (ns->owner == NULL || !dovetail_namespace_is_own(ns, ns->owner))
 		return NULL;
 	if (strcmp(box->storage->name, "virtual") == 0 ||
 	    strcmp(box->storage->name, "raw") == 0 ||

@@ -8,6 +8,7 @@
 #include "array.h"
 #include "guid.h"
 #include "mail-storage-private.h"
+#include "mail-index.h"
 #include "mailbox-list-iter.h"
 #include "dovetail-name.h"
 #include "dovetail-position.h"
@@ -117,6 +118,46 @@ list_delete(struct replay_user *user, const struct dovetail_change_list *change,
 			   error_r);
 }
 
+/* INBOX can be deleted or renamed in no storage, or not in this one. It becomes
+   another mailbox instead: empty, with a GUID of its own. What it was comes
+   again under its new name. */
+static enum replay_result
+list_reset_inbox(struct replay_user *user, const char **error_r)
+{
+	struct mailbox_transaction_context *t;
+	struct mailbox_update update;
+	struct mailbox *box;
+	struct mail *mail;
+	uint32_t seq, count;
+	int ret;
+
+	replay_user_forget_mailboxes(user);
+	box = list_alloc(user, "INBOX", error_r);
+	if (box == NULL)
+		return REPLAY_FAILED;
+	ret = mailbox_sync(box, MAILBOX_SYNC_FLAG_FULL_READ);
+	if (ret == 0) {
+		t = mailbox_transaction_begin(box, MAILBOX_TRANSACTION_FLAG_SYNC,
+					      __func__);
+		mail = mail_alloc(t, 0, NULL);
+		count = mail_index_view_get_messages_count(t->view);
+		for (seq = 1; seq <= count; seq++) {
+			mail_set_seq(mail, seq);
+			mail_expunge(mail);
+		}
+		mail_free(&mail);
+		ret = mailbox_transaction_commit(&t);
+	}
+	if (ret == 0)
+		ret = mailbox_sync(box, 0);
+	if (ret == 0) {
+		i_zero(&update);
+		guid_128_generate(update.mailbox_guid);
+		ret = mailbox_update(box, &update);
+	}
+	return list_finish(&box, ret, MAIL_ERROR_NONE, error_r);
+}
+
 /* Give box the name. */
 static enum replay_result
 list_rename_to(struct replay_user *user, struct mailbox **box,
@@ -125,6 +166,8 @@ list_rename_to(struct replay_user *user, struct mailbox **box,
 {
 	struct mailbox *dest = list_alloc(user, new_path, error_r);
 	enum replay_result result;
+	bool inbox;
+	int ret;
 
 	if (dest == NULL) {
 		mailbox_free(box);
@@ -136,10 +179,20 @@ list_rename_to(struct replay_user *user, struct mailbox **box,
 		mailbox_free(box);
 		return REPLAY_DONE;
 	}
-	result = list_finish(box, mailbox_rename(*box, dest), harmless,
-			     error_r);
+	inbox = (*box)->inbox_user;
+	ret = mailbox_rename(*box, dest);
 	mailbox_free(&dest);
-	return result;
+	if (ret < 0 && inbox &&
+	    mailbox_get_last_mail_error(*box) == MAIL_ERROR_NOTPOSSIBLE) {
+		mailbox_free(box);
+		result = list_reset_inbox(user, error_r);
+		if (result == REPLAY_DONE) {
+			*error_r = "INBOX cannot be renamed here";
+			result = REPLAY_LACKING;
+		}
+		return result;
+	}
+	return list_finish(box, ret, harmless, error_r);
 }
 
 static enum replay_result
@@ -326,9 +379,8 @@ static int tree_read(struct tree *tree, const char **error_r)
 	array_clear(&tree->subscriptions);
 	ns = replay_user_mail_user(tree->user)->namespaces;
 	for (; ns != NULL; ns = ns->next) {
-		if (ns->type == MAIL_NAMESPACE_TYPE_PRIVATE &&
-		    ns->alias_for == NULL &&
-		    (ns->flags & NAMESPACE_FLAG_USABLE) != 0 &&
+		if (dovetail_namespace_is_own(ns,
+				replay_user_mail_user(tree->user)) &&
 		    tree_read_namespace(tree, ns, error_r) < 0)
 			return -1;
 	}
@@ -360,9 +412,14 @@ tree_move_aside(struct tree *tree, const char **error_r)
 
 	array_foreach(&tree->locals, local) {
 		tm = tree_find_guid(tree, local->guid);
-		if (tm == NULL || strcmp(tm->name, local->path) == 0 ||
-		    strcmp(local->path, "INBOX") == 0)
+		if (tm == NULL || strcmp(tm->name, local->path) == 0)
 			continue;
+		if (strcmp(local->path, "INBOX") == 0) {
+			result = list_reset_inbox(tree->user, error_r);
+			if (result != REPLAY_DONE)
+				return result;
+			continue;
+		}
 		box = mailbox_alloc(local->ns->list, local->vname,
 				    MAILBOX_FLAG_IGNORE_ACLS);
 		path = t_strconcat("dovetail-moving-",
@@ -402,10 +459,14 @@ tree_delete_gone(struct tree *tree, const char **error_r)
 		       "primary, deleting it",
 		       replay_user_mail_user(tree->user)->username,
 		       local->vname);
-		box = mailbox_alloc(local->ns->list, local->vname,
-				    MAILBOX_FLAG_IGNORE_ACLS);
-		result = list_finish(&box, mailbox_delete(box),
-				     MAIL_ERROR_NOTFOUND, error_r);
+		if (strcmp(local->path, "INBOX") == 0)
+			result = list_reset_inbox(tree->user, error_r);
+		else {
+			box = mailbox_alloc(local->ns->list, local->vname,
+					    MAILBOX_FLAG_IGNORE_ACLS);
+			result = list_finish(&box, mailbox_delete(box),
+					     MAIL_ERROR_NOTFOUND, error_r);
+		}
 		if (result != REPLAY_DONE)
 			return result;
 	}
@@ -481,6 +542,11 @@ replay_tree(struct replay_user *user, const char *origin,
 	replay_user_forget_mailboxes(user);
 	if (tree_read(&tree, error_r) < 0)
 		return REPLAY_FAILED;
+	if (array_count(&change->mailboxes) == 0) {
+		/* every user has an INBOX: do not delete by such a tree */
+		*error_r = "The primary's tree has no mailboxes";
+		return REPLAY_FAILED;
+	}
 	result = tree_delete_gone(&tree, error_r);
 	if (result == REPLAY_DONE)
 		result = tree_move_aside(&tree, error_r);

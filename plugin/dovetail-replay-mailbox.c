@@ -12,6 +12,9 @@
 #include "mail-storage-private.h"
 #include "mail-index-private.h"
 #include "mail-index-modseq.h"
+#include "mail-index-transaction-private.h"
+#include "index-mail.h"
+#include "mdbox-storage.h"
 #include "mailbox-log.h"
 #include "mailbox-list-private.h"
 #include "index-pop3-uidl.h"
@@ -286,11 +289,37 @@ static int replay_save_stream(struct mail_save_context *save_ctx,
 	return mailbox_save_finish(&save_ctx);
 }
 
+/* Copying a message without copying its data ignores the save date. mdbox has it
+   in the index, the others in the cache or not at all. */
+static void
+replay_copied_save_date(struct mailbox_transaction_context *t, time_t save_date)
+{
+	struct index_mailbox_context *ibox = INDEX_STORAGE_CONTEXT(t->box);
+	struct mdbox_mail_index_record rec;
+	uint32_t date = save_date, ext_id, seq = t->itrans->last_new_seq;
+	const void *data;
+
+	if (strcmp(t->box->storage->name, "mdbox") != 0) {
+		mail_cache_add(t->cache_trans, seq,
+			       ibox->cache_fields[MAIL_CACHE_SAVE_DATE].idx,
+			       &date, sizeof(date));
+		return;
+	}
+	if (!mail_index_ext_lookup(t->box->index, "mdbox", &ext_id))
+		return;
+	mail_index_lookup_ext(t->view, seq, ext_id, &data, NULL);
+	if (data != NULL) {
+		memcpy(&rec, data, sizeof(rec));
+		rec.save_date = date;
+		mail_index_update_ext(t->itrans, seq, ext_id, &rec, NULL);
+	}
+}
+
 static int replay_save_copy(struct replay_mailbox_ctx *ctx,
 			    struct mail_save_context *save_ctx,
 			    const struct dovetail_op_append *append)
 {
-	struct mailbox_transaction_context *t;
+	struct mailbox_transaction_context *t, *dest_t;
 	struct mailbox *source;
 	struct mail *mail;
 	int ret;
@@ -301,9 +330,12 @@ static int replay_save_copy(struct replay_mailbox_ctx *ctx,
 	}
 	t = mailbox_transaction_begin(source, 0, __func__);
 	mail = mail_alloc(t, 0, NULL);
-	if (mail_set_uid(mail, append->copy_uid))
+	if (mail_set_uid(mail, append->copy_uid)) {
+		dest_t = save_ctx->transaction;
 		ret = mailbox_copy(&save_ctx, mail);
-	else {
+		if (ret == 0)
+			replay_copied_save_date(dest_t, append->save_date);
+	} else {
 		mailbox_save_cancel(&save_ctx);
 		ret = -1;
 	}
@@ -519,6 +551,15 @@ static void replay_set_state(struct replay_mailbox_ctx *ctx, struct mail *mail,
 	}
 }
 
+/* What MODSEQ the primary shows for a message is not in its state, but it is not
+   more than HIGHESTMODSEQ. */
+static void replay_raise_mail_modseq(struct replay_mailbox_ctx *ctx,
+				     struct mail *mail)
+{
+	if (mail_get_modseq(mail) < ctx->change->highest_modseq)
+		mail_update_modseq(mail, ctx->change->highest_modseq);
+}
+
 /* Messages that were here already, but come as new: a repeated change. */
 static void replay_appended_again(struct replay_mailbox_ctx *ctx,
 				  struct mail *mail)
@@ -531,6 +572,7 @@ static void replay_appended_again(struct replay_mailbox_ctx *ctx,
 		    mail_set_uid(mail, op->append.uid)) T_BEGIN {
 			replay_set_state(ctx, mail, op->append.flags,
 					 op->append.keywords);
+			replay_raise_mail_modseq(ctx, mail);
 		} T_END;
 	}
 }
@@ -586,9 +628,7 @@ static void replay_snapshot_message(struct replay_snapshot *snapshot,
 	}
 	array_append_zero(&keywords);
 	replay_set_state(snapshot->ctx, mail, flags, array_front(&keywords));
-	/* what the primary shows for it is not known, but not more than this */
-	if (mail_get_modseq(mail) < snapshot->ctx->change->highest_modseq)
-		mail_update_modseq(mail, snapshot->ctx->change->highest_modseq);
+	replay_raise_mail_modseq(snapshot->ctx, mail);
 }
 
 /* Make the messages below the snapshot's end what the primary's are. */

@@ -104,11 +104,14 @@ class Setup:
         self.cluster.close()
 
     def errors(self):
-        """What the nodes logged above Info."""
+        """What the nodes logged above Info, without what we make them log:
+        stopping, and dsync's mail_plugins."""
         return ["%s %s: %s" % (self.name, node.name, line)
                 for node in self.cluster.nodes
                 for line in node.log_text().splitlines()
-                if re.search(r": (Warning|Error|Fatal|Panic): ", line)]
+                if re.search(r": (Warning|Error|Fatal|Panic): (?!Killed with "
+                             "signal 15|.* Global setting mail_plugins)",
+                             line)]
 
     # -- users and sessions
 
