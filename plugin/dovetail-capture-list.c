@@ -32,10 +32,9 @@ static void list_send(struct dovetail_user *duser,
 		dovetail_queue_client_note(duser->client, duser->event, error);
 	else
 		ret = dovetail_capture_wait(duser, &batch, deadline);
-	if (ret <= 0) {
-		/* At level local nobody has looked at the answer yet: whether
-		   it was queued, the sweep finds out. */
-		dovetail_queue_client_cancel(duser->client, &batch);
+	/* not answered yet: if the queue fails, it has the user swept */
+	dovetail_queue_client_cancel(duser->client, &batch);
+	if (ret < 0) {
 		duser->unclean = TRUE;
 		dovetail_queue_client_sweep(duser->client,
 					    duser->user->username);

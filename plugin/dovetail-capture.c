@@ -14,6 +14,7 @@
 #include "mail-storage-private.h"
 #include "mail-index-private.h"
 #include "mail-index-view-private.h"
+#include "mail-cache.h"
 #include "mail-index-modseq.h"
 #include "mail-transaction-log-view-private.h"
 #include "dovetail-compat.h"
@@ -31,6 +32,9 @@
    capture; after this many bytes of them an empty change moves the position
    past them, here and on the replicas. */
 #define CAPTURE_SKIP_SIZE (16 * 1024)
+/* An open mailbox' position is written after this many changes, and when it is
+   closed. Who needs it meanwhile asks the queue. */
+#define CAPTURE_UNWRITTEN_MAX 32
 /* A snapshot that nobody asked for brings along the first bodies. */
 #define CAPTURE_SNAPSHOT_SIZE DOVETAIL_CHANGE_SPLIT_SIZE
 
@@ -52,6 +56,8 @@ struct capture {
 	buffer_t *ops, *body, *encoded;
 	unsigned int sent_count;
 
+	/* the queue has everything before this; all zero: it was not asked */
+	struct dovetail_log_pos known;
 	/* a message is too large to wait for: leave the rest to a sweep */
 	bool deferred;
 	/* why it failed; allocated */
@@ -245,6 +251,9 @@ static int capture_open_reader(struct capture *c)
 		return -1;
 	}
 	c->reader_trans = mailbox_transaction_begin(c->reader, 0, __func__);
+	/* our look says nothing about what clients will want cached */
+	mail_cache_view_update_cache_decisions(c->reader_trans->cache_view,
+					       FALSE);
 	c->mail = mail_alloc(c->reader_trans, 0, NULL);
 	return 0;
 }
@@ -571,8 +580,10 @@ capture_records(struct capture *c, struct mail_transaction_log_view *lv)
 			if (dovetail_queue_client_position(c->duser->client,
 					mailbox->guid, pos.index_id,
 					c->deadline, &known, &error) > 0 &&
-			    dovetail_log_pos_cmp(&known, &mailbox->from) > 0)
+			    dovetail_log_pos_cmp(&known, &mailbox->from) > 0) {
 				mailbox->from = known;
+				c->known = known;
+			}
 		}
 		if (dovetail_log_pos_cmp(&pos, &mailbox->from) < 0)
 			continue;
@@ -744,20 +755,31 @@ static int capture_snapshot(struct capture *c, uint32_t uid_next,
 
 /* ---- the trigger ---- */
 
-/* The answers are in: write the position, or have the user swept. */
+/* Write how far everything is confirmed. */
+static void capture_write_position(struct mailbox *box,
+				   const struct dovetail_log_pos *pos)
+{
+	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
+	const char *error;
+
+	dbox->unwritten = 0;
+	if (box->deleting || mail_index_is_deleted(box->index))
+		return;
+	if (dovetail_position_set_queued(box, pos, &error) < 0) {
+		/* the queue drops what comes again */
+		e_error(dbox->duser->event, "Mailbox %s: Cannot write the "
+			"queued position: %s", box->vname, error);
+	}
+}
+
+/* The answers are in: note the position, or have the user swept. */
 static void capture_settle(struct mailbox *box, int ret)
 {
 	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
 	struct dovetail_user *duser = dbox->duser;
-	const char *error;
 
-	if (ret > 0 && !box->deleting &&
-	    dovetail_position_set_queued(box, &dbox->sent, &error) < 0) {
-		/* the queue drops what comes again */
-		e_error(duser->event, "Mailbox %s: Cannot write the queued "
-			"position: %s", box->vname, error);
-		ret = -1;
-	}
+	if (ret > 0 && ++dbox->unwritten >= CAPTURE_UNWRITTEN_MAX)
+		capture_write_position(box, &dbox->sent);
 	if (ret < 0) {
 		i_zero(&dbox->sent);
 		duser->unclean = TRUE;
@@ -796,6 +818,8 @@ static void capture_finish(struct capture *c, int ret,
 		capture_settle(c->box, -1);
 		return;
 	}
+	if (c->known.index_id != 0)
+		capture_write_position(c->box, &c->known);
 	if (c->sent_count > 0) {
 		dbox->sent = *sent;
 		dbox->unconfirmed = TRUE;
@@ -889,17 +913,20 @@ void dovetail_capture_close(struct mailbox *box)
 {
 	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
 
-	if (dbox == NULL || !dbox->unconfirmed)
+	if (dbox == NULL || (!dbox->unconfirmed && dbox->unwritten == 0))
 		return;
 	dbox->capturing = TRUE;
 	T_BEGIN {
 		capture_settle_earlier(box);
 		if (dbox->unconfirmed) {
-			/* Not answered yet. The position stays behind until a
-			   sweep finds that all is queued. */
+			/* Not answered yet. If the queue fails, it has the
+			   user swept; else the next capture learns from it
+			   how far it is. */
 			dovetail_queue_client_cancel(dbox->duser->client,
 						     &dbox->batch);
-			capture_settle(box, -1);
+			dbox->unconfirmed = FALSE;
+		} else if (dbox->unwritten > 0) {
+			capture_write_position(box, &dbox->sent);
 		}
 	} T_END;
 	dbox->capturing = FALSE;

@@ -26,8 +26,9 @@ dovetail_compat_user_setting(void *context, const char *name)
 }
 #endif
 
-#ifdef MAIL_NAMESPACE_H
-/* ---- a namespace: mail-namespace.h, mail-storage-settings.h ---- */
+#if defined(MAIL_NAMESPACE_H) && defined(SETTINGS_PARSER_H)
+/* ---- a namespace: mail-namespace.h, mail-storage-settings.h,
+   settings-parser.h ---- */
 
 /* TRUE: it was made for a location somebody named on the way ("doveadm import"),
    not by the configuration: its mailboxes are not the user's. */

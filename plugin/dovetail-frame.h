@@ -28,8 +28,9 @@ enum dovetail_frame_type {
 	   CLEAN, the user counts as unqueued if the connection ends. No
 	   answer. */
 	DOVETAIL_FRAME_MARK = 2,
-	/* str user: all this process committed for the user has been answered
-	   with OK, and the positions are written. No answer. */
+	/* str user: all this process committed for the user was handed over.
+	   What is not answered yet is the queue's to care for: if it cannot be
+	   queued, the user is dirty. No answer. */
 	DOVETAIL_FRAME_CLEAN = 3,
 	/* str user: the process gave up (timeout, error, too large to wait
 	   for): a worker shall read the user's mailboxes again. No answer. */

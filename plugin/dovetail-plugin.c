@@ -114,6 +114,7 @@ dovetail_transaction_commit(struct mailbox_transaction_context *t,
 	if (duser->primary) {
 		dovetail_queue_client_mark(duser->client,
 					   duser->user->username);
+		dovetail_position_log_end(box, &dbox->seen);
 	}
 	/* t is gone when this returns */
 	ret = dbox->module_ctx.super.transaction_commit(t, changes_r);

@@ -60,8 +60,8 @@ struct dovetail_mailbox {
 	bool guid_known;
 	guid_128_t guid;
 
-	/* Records before this were there before our own last commit: somebody
-	   else may have queued them, so ask before sending them again. */
+	/* Records before this were there before our own commit: somebody else
+	   may have queued them, so ask before sending them again. */
 	struct dovetail_log_pos seen;
 	/* everything before this was handed to the queue by this process ... */
 	struct dovetail_log_pos sent;
@@ -69,6 +69,8 @@ struct dovetail_mailbox {
 	   when it is. */
 	struct dovetail_queue_batch batch;
 	bool unconfirmed;
+	/* confirmed changes since the position was written */
+	unsigned int unwritten;
 };
 
 extern MODULE_CONTEXT_DEFINE(dovetail_user_module, &mail_user_module_register);

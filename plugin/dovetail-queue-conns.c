@@ -132,10 +132,6 @@ void dovetail_queue_waiter_answer(struct dovetail_queue_waiter **_waiter,
 	} else if (reply == DOVETAIL_REPLY_UNAVAILABLE) {
 		dovetail_queue_user_set_dirty(user, 0,
 			"a change could not be queued");
-	} else if (conn == NULL) {
-		/* queued, but nobody wrote the position */
-		dovetail_queue_user_set_dirty(user, CONN_END_SWEEP_MSECS,
-			"a client left before its changes were queued");
 	}
 	dovetail_queue_user_release(user);
 	i_free(waiter);

@@ -309,7 +309,6 @@ static int send_user_state(struct mail_user *mail_user)
 	for (ns = mail_user->namespaces; ns != NULL; ns = ns->next) {
 		if (ns->type == MAIL_NAMESPACE_TYPE_PRIVATE &&
 		    ns->owner == mail_user && ns->alias_for == NULL &&
-		    (ns->flags & NAMESPACE_FLAG_USABLE) != 0 &&
 		    send_namespace_state(ns) < 0)
 			return -1;
 	}

@@ -290,7 +290,8 @@ static int replay_save_stream(struct mail_save_context *save_ctx,
 }
 
 /* Copying a message without copying its data ignores the save date. mdbox has it
-   in the index, the others in the cache or not at all. */
+   in the index, sdbox in the cache; Maildir gets a real copy instead, which keeps
+   it. */
 static void
 replay_copied_save_date(struct mailbox_transaction_context *t, time_t save_date)
 {
@@ -321,6 +322,7 @@ static int replay_save_copy(struct replay_mailbox_ctx *ctx,
 {
 	struct mailbox_transaction_context *t, *dest_t;
 	struct mailbox *source;
+	struct istream *input;
 	struct mail *mail;
 	int ret;
 
@@ -330,14 +332,21 @@ static int replay_save_copy(struct replay_mailbox_ctx *ctx,
 	}
 	t = mailbox_transaction_begin(source, 0, __func__);
 	mail = mail_alloc(t, 0, NULL);
-	if (mail_set_uid(mail, append->copy_uid)) {
+	if (!mail_set_uid(mail, append->copy_uid)) {
+		mailbox_save_cancel(&save_ctx);
+		ret = -1;
+	} else if (strcmp(ctx->box->storage->name, "maildir") == 0) {
+		if (mail_get_stream(mail, NULL, NULL, &input) == 0)
+			ret = replay_save_stream(save_ctx, input);
+		else {
+			mailbox_save_cancel(&save_ctx);
+			ret = -1;
+		}
+	} else {
 		dest_t = save_ctx->transaction;
 		ret = mailbox_copy(&save_ctx, mail);
 		if (ret == 0)
 			replay_copied_save_date(dest_t, append->save_date);
-	} else {
-		mailbox_save_cancel(&save_ctx);
-		ret = -1;
 	}
 	mail_free(&mail);
 	mailbox_transaction_rollback(&t);
@@ -761,14 +770,13 @@ static int replay_mailbox_open(struct replay_mailbox_ctx *ctx)
 								      NULL));
 		return -1;
 	}
-	/* in this order: messages get HIGHESTMODSEQ when the tracking starts */
-	if (replay_raise_modseq(ctx) < 0)
-		return -1;
 	if (mailbox_enable(ctx->box, MAILBOX_FEATURE_CONDSTORE) < 0) {
 		ctx->error = t_strdup(mailbox_get_last_internal_error(ctx->box,
 								      NULL));
 		return -1;
 	}
+	if (replay_raise_modseq(ctx) < 0)
+		return -1;
 	mailbox_get_open_status(ctx->box, STATUS_UIDVALIDITY | STATUS_UIDNEXT |
 				STATUS_MESSAGES, &status);
 	if (status.uidvalidity != ctx->change->uid_validity) {

@@ -488,7 +488,8 @@ stream_entry_field(const struct redisReply *entry)
 	return fields->type == REDIS_REPLY_ARRAY && fields->elements == 2 &&
 		fields->element[0]->type == REDIS_REPLY_STRING &&
 		fields->element[1]->type == REDIS_REPLY_STRING &&
-		strcmp(fields->element[0]->str, "e") == 0 ?
+		fields->element[0]->len == 1 &&
+		fields->element[0]->str[0] == 'e' ?
 		fields->element[1] : NULL;
 }
 
@@ -552,6 +553,8 @@ static void stream_type_reply(struct redisReply *reply, void *context)
 	}
 	if (is_stream && stream->no_stream)
 		e_info(replay.event, "%s: It is a stream again", stream->key);
+	if (stream->no_stream == is_stream)
+		replay_control_changed();
 	stream->no_stream = !is_stream;
 }
 

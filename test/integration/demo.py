@@ -315,7 +315,8 @@ def imap_changes(ann):
             return lambda: session.do(command, *map(quote, names))
         step("STORE 1 +FLAGS (\\Seen \\Answered)",
              do("UID STORE 1 +FLAGS (\\Seen \\Answered)"),
-             (ann, "INBOX", lambda m: {"\\Seen", "\\Answered"} <= m.get(1, set())))
+             (ann, "INBOX", lambda m: {"\\Seen", "\\Answered"} <=
+              m.get(1, set())))
         step("STORE 2 +FLAGS ($Important)",
              do("UID STORE 2 +FLAGS ($Important)"),
              (ann, "INBOX", lambda m: "$Important" in m.get(2, ())))
@@ -416,7 +417,8 @@ def without_redis(nodes, ann):
     say("   ann flags a message at a: done, with login after %s." %
         duration(time.monotonic() - began))
     doveadm(nodes.a, "dovetail", "status")
-    watches = [Watch(ann, "INBOX", lambda m: 7 in m and "\\Flagged" in m.get(2, ()))]
+    watches = [Watch(ann, "INBOX", lambda m: 7 in m and
+                     "\\Flagged" in m.get(2, ()))]
     if watches[0].look():
         raise Failed("it arrived without Redis")
     nodes.redis.start()
@@ -549,7 +551,7 @@ def main():
         "tcp": True, "username": "dovetail",
         "password": secrets.token_urlsafe(18)})
     users = [nodes.user(name=name) for name in ("ann", "ben", "carl")]
-    keep = equal = False
+    keep = equal = failed = False
     try:
         set_up(nodes)
         wait_connected(nodes)
@@ -564,15 +566,16 @@ def main():
         keep = options.keep
         if keep:
             how_to_look(nodes)
+        failed = not equal
     except (Failed, Refused, AssertionError, RuntimeError,
             *cluster.GONE) as e:
         say("\nFAILED: %s" % e)
-        equal = False
+        failed = True
     except KeyboardInterrupt:
         say("\nInterrupted.")
         keep = equal = False
     finally:
-        if not equal:
+        if failed:
             for node in nodes.nodes:
                 say("\nThe last lines of the log of %s:" % node.name)
                 indented("\n".join(node.log_text().splitlines()[-25:]))

@@ -14,16 +14,15 @@ import os
 import random
 import re
 import shutil
+import signal
 import socket
-import struct
 import tempfile
 import threading
 import time
 
 import pytest
 
-import view
-from cluster import Cluster, accepts, mail, wait_for
+from cluster import Cluster, mail, wait_for
 
 _spec = importlib.util.spec_from_file_location(
     "make_vectors", os.path.join(os.path.dirname(os.path.abspath(__file__)),
@@ -226,9 +225,10 @@ def assert_goes_on(user):
     assert any(b"after" in m.body for m in user.look().values())
     wait_for(lambda: status(user.replica, "from", user.primary.name)[
         "set_aside"] == "0", "everything that was asked for", 30)
-    assert status(user.replica, "from", user.primary.name)[
-        "connection"] == "ok"
-    assert status(user.primary, "to", user.replica.name)["connection"] == "ok"
+    wait_for(lambda: status(user.replica, "from", user.primary.name)[
+        "connection"] == "ok", "the status")
+    wait_for(lambda: status(user.primary, "to", user.replica.name)[
+        "connection"] == "ok", "the status")
 
 
 # ---- forged and damaged entries
@@ -248,7 +248,7 @@ def test_the_forger_can_forge(pair, user):
 def test_every_byte_flipped(pair, user):
     pair.expect_errors(*REFUSED)
     key = log_key(user)
-    with Resp(pair) as redis, primary_away(user):
+    with Resp(pair) as redis:
         with replica_away(user):
             before = last_id(redis, key)
             with user.imap() as session:
@@ -256,7 +256,7 @@ def test_every_byte_flipped(pair, user):
             entries = [e for id_, e in stream(redis, key)
                        if parse_id(id_) > before]
             entry = max(entries, key=len)
-            user.primary.stop()
+            pair.a.stop()
             rewrite(redis, key, [(id_, e) for id_, e in stream(redis, key)
                                  if parse_id(id_) <= before])
             redis("XADD", key, "%d-%d" % (before[0], before[1] + 1), "x", "x")
@@ -277,7 +277,7 @@ def test_every_byte_flipped(pair, user):
                               "version", "oversized"}
         assert_logged_once(pair.b, key, *found)
         assert_not_applied(user, "flipped")
-        assert not any(m == "flipped" for m in user.mailboxes())
+    pair.a.start()
     # the origin's next entry shows what is missing
     user.wait_equal(30)
     assert "flipped" in user.mailboxes()
@@ -528,8 +528,6 @@ def test_removed_while_both_are_stopped_in_between(pair, user):
             pair.a.stop()
             for n in range(SHARDS):
                 redis("DEL", "dovetail:log:a:%d" % n)
-            append_one = forge  # the origin's next one comes from itself
-            assert append_one
         pair.a.start()
         pair.b.wait_log("Asking a for the state of all users")
         pair.b.kill_service("dovetail-replay")
@@ -544,9 +542,9 @@ def test_tail_removed_while_running(pair, user):
     """The replica is there and reads, and yet never sees the entry."""
     key = log_key(user)
     with Resp(pair) as redis:
-        for node in [pair.b]:
-            for pid in node.pids("dovetail-replay"):
-                os.kill(pid, 19)
+        workers = pair.b.pids("dovetail-replay")
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
         try:
             before = last_id(redis, key)
             with user.imap() as session:
@@ -554,8 +552,8 @@ def test_tail_removed_while_running(pair, user):
             redis("XDEL", key, *[id_ for id_, _ in stream(redis, key)
                                  if parse_id(id_) > before])
         finally:
-            for pid in pair.b.pids("dovetail-replay"):
-                os.kill(pid, 18)
+            for pid in workers:
+                os.kill(pid, signal.SIGCONT)
     wait_for(lambda: "lost" in user.mailboxes(), "the folder", 12)
     assert_goes_on(user)
 
