@@ -13,6 +13,9 @@
 #include "dovetail-name.h"
 #include "dovetail-plugin.h"
 
+/* How often a tree is sent anew because it changed meanwhile. */
+#define TREE_TRIES 5
+
 /* Send the change and wait as the ack level says. */
 static void list_send(struct dovetail_user *duser,
 		      const struct dovetail_change *change)
@@ -309,11 +312,45 @@ static int tree_add_namespace(struct mail_namespace *ns,
 	return 0;
 }
 
+static int tree_read(struct mail_user *user, struct dovetail_change_tree *tree,
+		     const char **error_r)
+{
+	struct mail_namespace *ns;
+
+	t_array_init(&tree->mailboxes, 64);
+	t_array_init(&tree->subscriptions, 64);
+	for (ns = user->namespaces; ns != NULL; ns = ns->next) {
+		if (dovetail_namespace_is_own(ns, user) &&
+		    tree_add_namespace(ns, tree, error_r) < 0)
+			return -1;
+	}
+	return 0;
+}
+
+static bool tree_has_same_mailboxes(const struct dovetail_change_tree *tree1,
+				    const struct dovetail_change_tree *tree2)
+{
+	const struct dovetail_tree_mailbox *m1, *m2;
+	unsigned int i, count1, count2;
+
+	m1 = array_get(&tree1->mailboxes, &count1);
+	m2 = array_get(&tree2->mailboxes, &count2);
+	if (count1 != count2)
+		return FALSE;
+	for (i = 0; i < count1; i++) {
+		if (!guid_128_equals(m1[i].guid, m2[i].guid) ||
+		    strcmp(m1[i].name, m2[i].name) != 0)
+			return FALSE;
+	}
+	return TRUE;
+}
+
 int dovetail_plugin_capture_tree(struct mail_user *user, const char **error_r)
 {
 	struct dovetail_user *duser = DOVETAIL_USER_CONTEXT(user);
+	struct dovetail_change_tree next;
 	struct dovetail_change change;
-	struct mail_namespace *ns;
+	unsigned int tries = 0;
 
 	if (duser == NULL || !duser->primary) {
 		*error_r = "This node is not the user's primary";
@@ -322,14 +359,18 @@ int dovetail_plugin_capture_tree(struct mail_user *user, const char **error_r)
 	i_zero(&change);
 	change.kind = DOVETAIL_CHANGE_TREE;
 	change.user = user->username;
-	t_array_init(&change.u.tree.mailboxes, 64);
-	t_array_init(&change.u.tree.subscriptions, 64);
-	for (ns = user->namespaces; ns != NULL; ns = ns->next) {
-		if (dovetail_namespace_is_own(ns, user) &&
-		    tree_add_namespace(ns, &change.u.tree, error_r) < 0)
+	if (tree_read(user, &change.u.tree, error_r) < 0)
+		return -1;
+	/* What another process made and queued between our look and our place
+	   in the queue would look deleted: look again, and say so. */
+	do {
+		if (tries++ > 0)
+			change.u.tree = next;
+		list_send(duser, &change);
+		if (tree_read(user, &next, error_r) < 0)
 			return -1;
-	}
-	list_send(duser, &change);
+	} while (!tree_has_same_mailboxes(&change.u.tree, &next) &&
+		 tries < TREE_TRIES);
 	return 0;
 }
 

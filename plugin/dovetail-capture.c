@@ -766,8 +766,10 @@ static void capture_write_position(struct mailbox *box,
 	if (box->deleting || mail_index_is_deleted(box->index))
 		return;
 	if (dovetail_position_set_queued(box, pos, &error) < 0) {
-		/* the queue drops what comes again */
-		e_error(dbox->duser->event, "Mailbox %s: Cannot write the "
+		/* Renamed or deleted meanwhile, or Dovecot's index code has
+		   logged what is wrong. The queue and the replica drop what
+		   comes again. */
+		e_debug(dbox->duser->event, "Mailbox %s: Cannot write the "
 			"queued position: %s", box->vname, error);
 	}
 }

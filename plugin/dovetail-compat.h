@@ -10,7 +10,9 @@
 /* What went wrong with the index last. */
 static inline const char *dovetail_index_error(struct mail_index *index)
 {
-	return mail_index_get_error_message(index);
+	const char *error = mail_index_get_error_message(index);
+
+	return error == NULL ? "unknown error" : error;
 }
 #endif
 

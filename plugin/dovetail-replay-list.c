@@ -296,6 +296,7 @@ struct tree_local {
 
 struct tree {
 	struct replay_user *user;
+	const char *origin;
 	uint8_t origin_id[DOVETAIL_ORIGIN_ID_SIZE];
 	const struct dovetail_change_tree *change;
 	ARRAY(struct tree_local) locals;
@@ -477,6 +478,7 @@ static enum replay_result
 tree_place(struct tree *tree, const struct dovetail_tree_mailbox *tm,
 	   const char **error_r)
 {
+	enum replay_result result;
 	struct mailbox *box;
 	int ret;
 
@@ -488,8 +490,14 @@ tree_place(struct tree *tree, const struct dovetail_tree_mailbox *tm,
 	if (ret > 0)
 		return list_rename_to(tree->user, &box, tm->name,
 				      MAIL_ERROR_NONE, error_r);
-	return list_create(tree->user, tm->guid, tm->name, tm->uid_validity, 0,
-			   error_r);
+	result = list_create(tree->user, tm->guid, tm->name, tm->uid_validity,
+			     0, error_r);
+	if (result == REPLAY_DONE && tm->uid_next > 1) {
+		replay_wanted_add(replay_user_mail_user(tree->user)->username,
+				  tree->origin, tm->guid, tm->name, 1,
+				  "The mailbox was not here");
+	}
+	return result;
 }
 
 static bool paths_have(const ARRAY_TYPE(const_string) *paths, const char *path)
@@ -534,6 +542,7 @@ replay_tree(struct replay_user *user, const char *origin,
 
 	i_zero(&tree);
 	tree.user = user;
+	tree.origin = origin;
 	tree.change = change;
 	dovetail_origin_id(origin, tree.origin_id);
 	t_array_init(&tree.locals, 64);

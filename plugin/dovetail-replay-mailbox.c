@@ -131,7 +131,7 @@ int replay_mailbox_create(struct replay_user *user, const guid_128_t guid,
 
 /* Returns DONE with ctx->box set, or NULL when the mailbox is gone for good. */
 static enum replay_result
-replay_mailbox_get(struct replay_mailbox_ctx *ctx)
+replay_mailbox_get(struct replay_mailbox_ctx *ctx, bool wanted)
 {
 	const struct dovetail_change_mailbox *change = ctx->change;
 	int ret;
@@ -142,7 +142,7 @@ replay_mailbox_get(struct replay_mailbox_ctx *ctx)
 		return REPLAY_FAILED;
 	if (ret > 0)
 		return REPLAY_DONE;
-	if (replay_was_deleted(ctx->user, change->guid)) {
+	if (!wanted && replay_was_deleted(ctx->user, change->guid)) {
 		ctx->box = NULL;
 		return REPLAY_DONE;
 	}
@@ -569,21 +569,53 @@ static void replay_raise_mail_modseq(struct replay_mailbox_ctx *ctx,
 		mail_update_modseq(mail, ctx->change->highest_modseq);
 }
 
+static void replay_guid_128(const char *guid, guid_128_t guid_r)
+{
+	/* what a storage makes of another format's GUID */
+	if (guid_128_from_string(guid, guid_r) < 0)
+		mail_generate_guid_128_hash(guid, guid_r);
+}
+
+/* Is the message here the one the primary has under this UID? */
+static bool replay_is_same(struct replay_mailbox_ctx *ctx, struct mail *mail,
+			   const struct dovetail_op_append *append)
+{
+	guid_128_t here, there;
+	const char *guid;
+
+	if (mail_get_special(mail, MAIL_FETCH_GUID, &guid) < 0 ||
+	    guid[0] == '\0')
+		return TRUE;
+	replay_guid_128(guid, here);
+	replay_guid_128(append->guid, there);
+	if (guid_128_equals(here, there))
+		return TRUE;
+	ctx->error = t_strdup_printf("UID %u is another message here than at "
+		"the primary: delete the mailbox here to get it anew",
+		append->uid);
+	return FALSE;
+}
+
 /* Messages that were here already, but come as new: a repeated change. */
-static void replay_appended_again(struct replay_mailbox_ctx *ctx,
-				  struct mail *mail)
+static int replay_appended_again(struct replay_mailbox_ctx *ctx,
+				 struct mail *mail)
 {
 	const struct dovetail_op *op;
+	int ret = 0;
 
 	array_foreach(&ctx->change->ops, op) {
 		if (op->type == DOVETAIL_OP_APPEND &&
 		    !seq_range_exists(&ctx->saved, op->append.uid) &&
-		    mail_set_uid(mail, op->append.uid)) T_BEGIN {
+		    mail_set_uid(mail, op->append.uid)) {
+			if (!replay_is_same(ctx, mail, &op->append))
+				ret = -1;
 			replay_set_state(ctx, mail, op->append.flags,
 					 op->append.keywords);
-			replay_raise_mail_modseq(ctx, mail);
-		} T_END;
+			if (ctx->change->flags != 0)
+				replay_raise_mail_modseq(ctx, mail);
+		}
 	}
+	return ret;
 }
 
 static void replay_update_delta(struct replay_mailbox_ctx *ctx,
@@ -591,7 +623,6 @@ static void replay_update_delta(struct replay_mailbox_ctx *ctx,
 {
 	const struct dovetail_op *op;
 
-	replay_appended_again(ctx, mail);
 	array_foreach(&ctx->change->ops, op) {
 		switch (op->type) {
 		case DOVETAIL_OP_FLAGS:
@@ -648,7 +679,6 @@ static void replay_update_snapshot(struct replay_mailbox_ctx *ctx,
 	struct replay_snapshot snapshot = { .ctx = ctx };
 	uint32_t seq, count, end, missing = seq_range_count(exists);
 
-	replay_appended_again(ctx, mail);
 	/* with MORE, nothing is known of what comes behind the last UID */
 	end = ctx->change->uid_next;
 	if ((ctx->change->flags & DOVETAIL_MAILBOX_MORE) != 0) {
@@ -699,6 +729,11 @@ static int replay_update_all(struct replay_mailbox_ctx *ctx,
 
 	t = mailbox_transaction_begin(ctx->box, REPLAY_UPDATE_FLAGS, __func__);
 	mail = mail_alloc(t, MAIL_FETCH_FLAGS, NULL);
+	if (replay_appended_again(ctx, mail) < 0) {
+		mail_free(&mail);
+		mailbox_transaction_rollback(&t);
+		return -1;
+	}
 	if (exists != NULL)
 		replay_update_snapshot(ctx, exists, mail);
 	else
@@ -852,7 +887,7 @@ replay_mailbox_apply(struct replay_mailbox_ctx *ctx, bool wanted)
 	enum replay_result result;
 	bool updates, saves;
 
-	result = replay_mailbox_get(ctx);
+	result = replay_mailbox_get(ctx, wanted);
 	if (result != REPLAY_DONE || ctx->box == NULL)
 		return result;
 	switch (replay_mailbox_fits(ctx, wanted)) {

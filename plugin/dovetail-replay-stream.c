@@ -162,17 +162,20 @@ static void stream_set_error(struct replay_stream *stream, const char *error)
 	replay_control_changed();
 }
 
-static const struct dovetail_public_key *stream_peer_key(const char *origin)
+/* The origin may be about to change its key: seal for all it has. */
+static unsigned int
+stream_peer_keys(const char *origin,
+		 const struct dovetail_public_key **recipients_r)
 {
 	const struct dovetail_public_key *keys;
-	unsigned int i, count;
+	unsigned int i, count, n = 0;
 
 	keys = dovetail_keyring_peers(replay.keyring, &count);
-	for (i = 0; i < count; i++) {
+	for (i = 0; i < count && n < DOVETAIL_RECIPIENTS_MAX; i++) {
 		if (strcmp(keys[i].node, origin) == 0)
-			return &keys[i];
+			recipients_r[n++] = &keys[i];
 	}
-	i_unreached();
+	return n;
 }
 
 static void stream_ack_sent(struct redisReply *reply, void *context)
@@ -188,7 +191,8 @@ static void stream_ack_sent(struct redisReply *reply, void *context)
 
 static void stream_ack(struct replay_stream *stream)
 {
-	const struct dovetail_public_key *key = stream_peer_key(stream->origin);
+	const struct dovetail_public_key *recipients[DOVETAIL_RECIPIENTS_MAX];
+	unsigned int recipients_count;
 	struct dovetail_entry_head head;
 	struct dovetail_ack ack;
 	unsigned char hash[DOVETAIL_HASH_SIZE];
@@ -228,7 +232,10 @@ static void stream_ack(struct replay_stream *stream)
 
 		dovetail_ack_encode(payload, &ack);
 		buffer_set_used_size(streams.entry, 0);
-		dovetail_seal(replay.keyring, &key, 1, &head, payload->data,
+		recipients_count = stream_peer_keys(stream->origin,
+						    recipients);
+		dovetail_seal(replay.keyring, recipients,
+			      recipients_count, &head, payload->data,
 			      payload->used, streams.entry, hash);
 		for (i = 0; i < N_ELEMENTS(argv) - 1; i++)
 			lens[i] = strlen(argv[i]);
