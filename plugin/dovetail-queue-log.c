@@ -472,6 +472,18 @@ static void log_xadd_reply(struct redisReply *reply, void *context)
 	dovetail_queue_conns_flush(log->queue);
 }
 
+static bool group_wants_applied(const struct dovetail_queue_group *group)
+{
+	const struct dovetail_queue_waiter *waiter;
+
+	for (waiter = group->waiters_head; waiter != NULL;
+	     waiter = waiter->next) {
+		if (waiter->level == DOVETAIL_ACK_APPLIED)
+			return TRUE;
+	}
+	return FALSE;
+}
+
 static void group_send(struct dovetail_queue_group *group)
 {
 	struct dovetail_queue_log *log = group->log;
@@ -520,7 +532,8 @@ static void group_send(struct dovetail_queue_group *group)
 	argv[0] = "XADD";
 	argv[1] = log->key;
 	argv[2] = id_str(&id);
-	argv[3] = "e";
+	argv[3] = group_wants_applied(group) ? DOVETAIL_ENTRY_FIELD_WAITED :
+		DOVETAIL_ENTRY_FIELD;
 	for (i = 0; i < 4; i++)
 		argv_len[i] = strlen(argv[i]);
 	argv[4] = queue->entry_buf->data;
@@ -720,8 +733,7 @@ reply_get_entry(const struct redisReply *reply, struct dovetail_queue_id *id_r,
 	fields = entry->element[1];
 	if (fields->elements == 2 &&
 	    fields->element[0]->type == REDIS_REPLY_STRING &&
-	    fields->element[1]->type == REDIS_REPLY_STRING &&
-	    fields->element[0]->len == 1 && fields->element[0]->str[0] == 'e') {
+	    fields->element[1]->type == REDIS_REPLY_STRING) {
 		*data_r = fields->element[1]->str;
 		*size_r = fields->element[1]->len;
 	}

@@ -10,6 +10,8 @@
 #include "mail-storage-private.h"
 #include "mail-index.h"
 #include "mailbox-list-iter.h"
+#include "maildir-storage.h"
+#include "maildir-uidlist.h"
 #include "dovetail-name.h"
 #include "dovetail-position.h"
 #include "dovetail-replay.h"
@@ -118,6 +120,22 @@ list_delete(struct replay_user *user, const struct dovetail_change_list *change,
 			   error_r);
 }
 
+/* Maildir keeps UIDNEXT in its UID list, and nothing but a new UIDVALIDITY makes
+   its index forget the old one. */
+static int list_reset_maildir(struct mailbox *box)
+{
+	struct maildir_mailbox *mbox = MAILDIR_MAILBOX(box);
+	struct maildir_uidlist *uidlist = mbox->uidlist;
+
+	if (maildir_uidlist_lock(uidlist) <= 0)
+		return -1;
+	maildir_uidlist_set_uid_validity(uidlist,
+		maildir_uidlist_get_uid_validity(uidlist) + 1);
+	maildir_uidlist_set_next_uid(uidlist, 1, TRUE);
+	maildir_uidlist_unlock(uidlist);
+	return maildir_uidlist_update(uidlist);
+}
+
 /* INBOX can be deleted or renamed in no storage, or not in this one. It becomes
    another mailbox instead: empty, with a GUID of its own. What it was comes
    again under its new name. */
@@ -150,6 +168,17 @@ list_reset_inbox(struct replay_user *user, const char **error_r)
 	}
 	if (ret == 0)
 		ret = mailbox_sync(box, 0);
+	if (ret == 0 && strcmp(box->storage->name, "maildir") == 0) {
+		ret = list_reset_maildir(box);
+		if (ret == 0) {
+			/* this one remembers too much */
+			mailbox_free(&box);
+			box = list_alloc(user, "INBOX", error_r);
+			if (box == NULL)
+				return REPLAY_FAILED;
+			ret = mailbox_sync(box, MAILBOX_SYNC_FLAG_FULL_READ);
+		}
+	}
 	if (ret == 0) {
 		i_zero(&update);
 		guid_128_generate(update.mailbox_guid);

@@ -775,6 +775,39 @@ static int replay_raise_uid_next(struct replay_mailbox_ctx *ctx)
 
 /* ---- all together ---- */
 
+/* Have MODSEQs tracked per message. An index that was reset while it was open, for
+   another UIDVALIDITY, has forgotten that they were, and only it. */
+static int replay_enable_modseqs(struct replay_mailbox_ctx *ctx)
+{
+	struct mail_index *index = ctx->box->index;
+	struct mail_index_modseq_header hdr;
+	struct mail_index_view *view;
+	struct mail_index_transaction *trans;
+	int ret;
+
+	if (mailbox_enable(ctx->box, MAILBOX_FEATURE_CONDSTORE) < 0) {
+		ctx->error = t_strdup(mailbox_get_last_internal_error(ctx->box,
+								      NULL));
+		return -1;
+	}
+	if (mail_index_have_modseq_tracking(index))
+		return 0;
+	view = mail_index_view_open(index);
+	trans = mail_index_transaction_begin(view, 0);
+	i_zero(&hdr);
+	hdr.highest_modseq = mail_index_modseq_get_highest(view);
+	mail_index_update_header_ext(trans, index->modseq_ext_id, 0,
+				     &hdr, sizeof(hdr));
+	ret = mail_index_transaction_commit(&trans);
+	mail_index_view_close(&view);
+	if (ret < 0) {
+		ctx->error = dovetail_index_error(index);
+		return -1;
+	}
+	(void)mail_index_refresh(index);
+	return 0;
+}
+
 /* Raise HIGHESTMODSEQ to the origin's: what follows gets more than that. */
 static int replay_raise_modseq(struct replay_mailbox_ctx *ctx)
 {
@@ -805,13 +838,6 @@ static int replay_mailbox_open(struct replay_mailbox_ctx *ctx)
 								      NULL));
 		return -1;
 	}
-	if (mailbox_enable(ctx->box, MAILBOX_FEATURE_CONDSTORE) < 0) {
-		ctx->error = t_strdup(mailbox_get_last_internal_error(ctx->box,
-								      NULL));
-		return -1;
-	}
-	if (replay_raise_modseq(ctx) < 0)
-		return -1;
 	mailbox_get_open_status(ctx->box, STATUS_UIDVALIDITY | STATUS_UIDNEXT |
 				STATUS_MESSAGES, &status);
 	if (status.uidvalidity != ctx->change->uid_validity) {
@@ -833,7 +859,8 @@ static int replay_mailbox_open(struct replay_mailbox_ctx *ctx)
 		mailbox_get_open_status(ctx->box, STATUS_UIDNEXT, &status);
 	}
 	ctx->uid_next = status.uidnext;
-	return 0;
+	return replay_enable_modseqs(ctx) < 0 ||
+		replay_raise_modseq(ctx) < 0 ? -1 : 0;
 }
 
 static void replay_collect(struct replay_mailbox_ctx *ctx, bool *updates_r,

@@ -43,6 +43,8 @@
 #define STREAM_FETCH_COUNT 8
 /* In a backlog not every entry is acknowledged by itself. */
 #define STREAM_ACK_INTERVAL_USECS 5000
+/* How long an acknowledgement nobody waits for may take. */
+#define STREAM_ACK_DELAY_MSECS 50
 /* An idle replica says that it lives. */
 #define STREAM_ACK_IDLE_MSECS 5000
 #define STREAM_CMD_TIMEOUT_MSECS 10000
@@ -90,6 +92,8 @@ struct replay_stream {
 	uint64_t end_generation, end_seq;
 	/* something was applied that no ack has said yet */
 	bool ack_needed;
+	/* ... and somebody at the origin waits for it */
+	bool ack_waited;
 };
 
 static struct {
@@ -97,7 +101,7 @@ static struct {
 	ARRAY(struct replay_stream) list;
 	buffer_t *payload, *entry;
 	uint64_t last_ack_usecs;
-	struct timeout *to_idle, *to_read;
+	struct timeout *to_idle, *to_read, *to_ack;
 	bool reading;
 	/* why the last XREAD failed, NULL: it did not */
 	char *error;
@@ -247,13 +251,27 @@ static void stream_ack(struct replay_stream *stream)
 	dovetail_redis_flush(streams.writer);
 	array_clear(&stream->failed);
 	stream->ack_needed = FALSE;
+	stream->ack_waited = FALSE;
 	streams.last_ack_usecs = dovetail_monotonic_usecs();
 }
 
-static void streams_ack_needed(void)
+/* What somebody waits for is said at once ... */
+static void streams_ack_waited(void)
 {
 	struct replay_stream *stream;
 
+	array_foreach_modifiable(&streams.list, stream) {
+		if (stream->ack_waited)
+			stream_ack(stream);
+	}
+}
+
+/* ... and all else soon: one signature here and one check there for many. */
+static void streams_ack_needed(void *context ATTR_UNUSED)
+{
+	struct replay_stream *stream;
+
+	timeout_remove(&streams.to_ack);
 	array_foreach_modifiable(&streams.list, stream) {
 		if (stream->ack_needed)
 			stream_ack(stream);
@@ -482,22 +500,26 @@ static bool stream_note_read(struct replay_stream *stream,
 	return TRUE;
 }
 
-/* The only field of an entry, e; NULL: it is something else. */
+/* The only field of an entry; NULL: it is something else. */
 static const struct redisReply *
-stream_entry_field(const struct redisReply *entry)
+stream_entry_field(const struct redisReply *entry, bool *waited_r)
 {
 	const struct redisReply *fields;
 	struct stream_id id;
 
+	*waited_r = FALSE;
 	if (!stream_entry_id(entry, &id))
 		return NULL;
 	fields = entry->element[1];
-	return fields->type == REDIS_REPLY_ARRAY && fields->elements == 2 &&
-		fields->element[0]->type == REDIS_REPLY_STRING &&
-		fields->element[1]->type == REDIS_REPLY_STRING &&
-		fields->element[0]->len == 1 &&
-		fields->element[0]->str[0] == 'e' ?
-		fields->element[1] : NULL;
+	if (fields->type != REDIS_REPLY_ARRAY || fields->elements != 2 ||
+	    fields->element[0]->type != REDIS_REPLY_STRING ||
+	    fields->element[1]->type != REDIS_REPLY_STRING)
+		return NULL;
+	if (strcmp(fields->element[0]->str, DOVETAIL_ENTRY_FIELD_WAITED) == 0)
+		*waited_r = TRUE;
+	else if (strcmp(fields->element[0]->str, DOVETAIL_ENTRY_FIELD) != 0)
+		return NULL;
+	return fields->element[1];
 }
 
 static void stream_entries(struct replay_stream *stream,
@@ -506,10 +528,11 @@ static void stream_entries(struct replay_stream *stream,
 	const struct redisReply *entry, *field;
 	struct stream_id id;
 	unsigned int i;
+	bool waited;
 
 	for (i = 0; i < entries->elements; i++) T_BEGIN {
 		entry = entries->element[i];
-		field = stream_entry_field(entry);
+		field = stream_entry_field(entry, &waited);
 		if (field == NULL) {
 			stream_reject(stream, DOVETAIL_OPEN_MALFORMED,
 				stream_entry_id(entry, &id) ?
@@ -520,10 +543,12 @@ static void stream_entries(struct replay_stream *stream,
 			stream_entry(stream, entry->element[0]->str,
 				     field->str, field->len);
 		}
-		/* the live path: what is done is said at once */
+		if (waited)
+			stream->ack_waited = TRUE;
+		/* In a backlog, not each by itself. */
 		if (dovetail_monotonic_usecs() - streams.last_ack_usecs >
 		    STREAM_ACK_INTERVAL_USECS)
-			streams_ack_needed();
+			streams_ack_waited();
 	} T_END;
 }
 
@@ -627,7 +652,11 @@ static void streams_received(struct redisReply *reply, void *context ATTR_UNUSED
 		if (stream != NULL)
 			stream_entries(stream, reply->element[i]->element[1]);
 	}
-	streams_ack_needed();
+	streams_ack_waited();
+	if (streams.to_ack == NULL) {
+		streams.to_ack = timeout_add_short(STREAM_ACK_DELAY_MSECS,
+						   streams_ack_needed, NULL);
+	}
 }
 
 static void streams_read(void)
@@ -809,6 +838,7 @@ void replay_streams_deinit(void)
 
 	timeout_remove(&streams.to_idle);
 	timeout_remove(&streams.to_read);
+	timeout_remove(&streams.to_ack);
 	if (streams.reader != NULL)
 		dovetail_redis_deinit(&streams.reader);
 	if (streams.writer != NULL)

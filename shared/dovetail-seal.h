@@ -40,9 +40,15 @@
    grow, so Redis itself refuses a repeat. A generation starts when the origin
    is not certain what the stream holds; seq then starts at 1, and the chain
    goes on over the border.
+   In the stream an entry is the only field of its ID. The field's name is not
+   signed: it is a hint, and a wrong one costs or saves a few milliseconds.
    History: version 1 is the first. */
 
 #include "dovetail-keyring.h"
+
+#define DOVETAIL_ENTRY_FIELD "e"
+/* somebody waits for the entry to be applied: acknowledge it at once */
+#define DOVETAIL_ENTRY_FIELD_WAITED "a"
 
 #define DOVETAIL_FORMAT_VERSION 1
 #define DOVETAIL_HASH_SIZE 32
