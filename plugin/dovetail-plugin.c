@@ -5,6 +5,7 @@
 
 #include "lib.h"
 #include "array.h"
+#include "ioloop.h"
 #include "mail-storage-private.h"
 #include "mail-index-transaction-private.h"
 #include "mail-index-modseq.h"
@@ -141,6 +142,11 @@ static int dovetail_save_begin(struct mail_save_context *ctx,
 
 	if (dovetail_fence_refuses(box) || dovetail_fence_unprotected(box))
 		return -1;
+	/* Maildir takes a file's ctime for the save date, and each renaming
+	   changes that; a date that was set is remembered. */
+	if (dbox->duser->primary && ctx->data.save_date == (time_t)-1 &&
+	    strcmp(box->storage->name, "maildir") == 0)
+		ctx->data.save_date = ioloop_time;
 	return dbox->module_ctx.super.save_begin(ctx, input);
 }
 

@@ -404,11 +404,10 @@ void dovetail_queue_client_sweep(struct dovetail_queue_client *client,
 {
 	const char *error;
 
-	if (queue_client_connect(client, &error) < 0) {
-		e_error(client->event, "%s", error);
-		return;
-	}
-	queue_client_send_user(client, DOVETAIL_FRAME_SWEEP, user);
+	/* Not there: the caller has said so. A queue that starts sweeps whom
+	   it had marked before. */
+	if (queue_client_connect(client, &error) == 0)
+		queue_client_send_user(client, DOVETAIL_FRAME_SWEEP, user);
 }
 
 void dovetail_queue_client_note(struct dovetail_queue_client *client,

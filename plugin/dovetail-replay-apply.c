@@ -297,18 +297,49 @@ static int send_namespace_state(struct mail_namespace *ns)
 	return ret;
 }
 
+static bool namespace_is_ours(const struct mail_user *mail_user,
+			      const struct mail_namespace *ns)
+{
+	return ns->type == MAIL_NAMESPACE_TYPE_PRIVATE &&
+		ns->owner == mail_user && ns->alias_for == NULL;
+}
+
+/* A user who never logged in and never got mail has nothing to tell. */
+static bool user_has_mailboxes(struct mail_user *mail_user)
+{
+	struct mailbox_list_iterate_context *iter;
+	struct mail_namespace *ns;
+	bool found = FALSE;
+
+	for (ns = mail_user->namespaces; ns != NULL && !found; ns = ns->next) {
+		if (!namespace_is_ours(mail_user, ns))
+			continue;
+		iter = mailbox_list_iter_init(ns->list, "*",
+			MAILBOX_LIST_ITER_RAW_LIST |
+			MAILBOX_LIST_ITER_NO_AUTO_BOXES |
+			MAILBOX_LIST_ITER_RETURN_NO_FLAGS);
+		found = mailbox_list_iter_next(iter) != NULL;
+		if (mailbox_list_iter_deinit(&iter) < 0) {
+			/* said again when they are listed for good */
+			found = TRUE;
+		}
+	}
+	return found;
+}
+
 static int send_user_state(struct mail_user *mail_user)
 {
 	struct mail_namespace *ns;
 	const char *error;
 
+	if (!user_has_mailboxes(mail_user))
+		return 0;
 	if (plugin.tree(mail_user, &error) < 0) {
 		e_warning(replay.event, "User %s: Cannot queue the tree: %s",
 			  mail_user->username, error);
 	}
 	for (ns = mail_user->namespaces; ns != NULL; ns = ns->next) {
-		if (ns->type == MAIL_NAMESPACE_TYPE_PRIVATE &&
-		    ns->owner == mail_user && ns->alias_for == NULL &&
+		if (namespace_is_ours(mail_user, ns) &&
 		    send_namespace_state(ns) < 0)
 			return -1;
 	}

@@ -581,9 +581,9 @@ replay_tree(struct replay_user *user, const char *origin,
 	if (tree_read(&tree, error_r) < 0)
 		return REPLAY_FAILED;
 	if (array_count(&change->mailboxes) == 0) {
-		/* every user has an INBOX: do not delete by such a tree */
-		*error_r = "The primary's tree has no mailboxes";
-		return REPLAY_FAILED;
+		/* A user who was never there. If there are mailboxes here,
+		   something is wrong, and deleting them would not mend it. */
+		return REPLAY_DONE;
 	}
 	result = tree_delete_gone(&tree, error_r);
 	if (result == REPLAY_DONE)

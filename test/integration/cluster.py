@@ -118,6 +118,16 @@ def executable(pid):
     return ""
 
 
+def age(pid):
+    """Seconds since a process was started, 0 when it is gone."""
+    with contextlib.suppress(OSError):
+        with open("/proc/%d/stat" % pid) as f:
+            ticks = int(f.read().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - \
+            ticks / os.sysconf("SC_CLK_TCK")
+    return 0
+
+
 class Daemon:
     """A server that runs as a child of this process."""
 
@@ -194,7 +204,7 @@ class Redis(Daemon):
                      "user %s on >%s ~%s* +@all" % (username, password,
                                                     self.prefix)]
         elif password:
-            conf += ["requirepass " + password]
+            conf += ['requirepass "%s"' % password]
         self.conf = os.path.join(directory, "conf")
         with open(self.conf, "w") as f:
             f.write("\n".join(conf) + "\n")
@@ -434,10 +444,11 @@ class Node(Daemon):
     def kill(self):
         """As a machine that loses power: no process gets a last word."""
         pids = children(self.process.pid)
-        self.end(signal.SIGKILL)
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in [self.process.pid] + pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+        self.process.wait()
         wait_for(lambda: not any(executable(p) for p in pids),
                  "killed processes to end")
 
@@ -447,7 +458,11 @@ class Node(Daemon):
 
     def close(self):
         if self.running():
-            self.kill()
+            try:
+                self.stop()
+            finally:
+                if self.running():
+                    self.kill()
         with open(self.log, errors="replace") as f:
             self.final_log = f.read()
 
@@ -458,11 +473,13 @@ class Node(Daemon):
 
     def kill_service(self, service, wait=True):
         """kill -9 all processes of a service; returns their number. wait:
-        there must be some."""
-        pids = wait_for(lambda: self.pids(service) or not wait,
-                        "a process of %s" % service)
-        if pids is True:
-            return 0
+        there must be some. Only those that have begun to work: if they die
+        before, Dovecot takes the service for broken and starts the next only
+        after seconds."""
+        def old_enough():
+            return [pid for pid in self.pids(service) if age(pid) > 0.5]
+        pids = wait_for(old_enough, "a process of %s" % service) \
+            if wait else old_enough()
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
