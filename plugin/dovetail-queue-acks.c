@@ -186,19 +186,33 @@ static void acks_handle_entry(struct dovetail_queue *queue, const char *id,
 	acks_handle_ack(queue, peer, &opened.head, &ack, id);
 }
 
-/* Entries of one stream: [[id, [field, value, ...]], ...] */
-static void acks_handle_entries(struct dovetail_queue *queue,
+static struct dovetail_queue_id acks_last_id(struct dovetail_queue *queue)
+{
+	struct dovetail_queue_id id;
+
+	if (dovetail_queue_id_parse(queue->acks_last_id,
+				    strlen(queue->acks_last_id), &id) < 0)
+		i_zero(&id);
+	return id;
+}
+
+/* Entries of one stream: [[id, [field, value, ...]], ...]
+   Returns FALSE when Redis gave what we had read, as it would never do. */
+static bool acks_handle_entries(struct dovetail_queue *queue,
 				const struct redisReply *entries)
 {
 	const struct redisReply *entry, *fields;
+	struct dovetail_queue_id before = acks_last_id(queue), last;
 	size_t i, j;
 
 	if (entries->type != REDIS_REPLY_ARRAY)
-		return;
+		return FALSE;
 	for (i = 0; i < entries->elements; i++) {
 		entry = entries->element[i];
 		if (entry->type != REDIS_REPLY_ARRAY || entry->elements != 2 ||
-		    entry->element[0]->type != REDIS_REPLY_STRING)
+		    entry->element[0]->type != REDIS_REPLY_STRING ||
+		    dovetail_queue_id_parse(entry->element[0]->str,
+					    entry->element[0]->len, &last) < 0)
 			continue;
 		i_free(queue->acks_last_id);
 		queue->acks_last_id = i_strdup(entry->element[0]->str);
@@ -215,6 +229,8 @@ static void acks_handle_entries(struct dovetail_queue *queue,
 			}
 		} T_END;
 	}
+	last = acks_last_id(queue);
+	return dovetail_queue_id_cmp(&last, &before) > 0;
 }
 
 /* It is of no use any more; the replicas report again soon. */
@@ -234,13 +250,14 @@ static bool acks_id_is_too_large(const char *id_str)
 {
 	struct dovetail_queue_id id;
 
-	return dovetail_queue_id_parse(id_str, strlen(id_str), &id) < 0 ||
+	return dovetail_queue_id_parse(id_str, strlen(id_str), &id) == 0 &&
 		id.generation >= ACKS_ID_MAX_MSECS;
 }
 
 static void acks_read_reply(struct redisReply *reply, void *context)
 {
 	struct dovetail_queue *queue = context;
+	bool progress = FALSE;
 
 	if (reply == NULL)
 		return;
@@ -265,15 +282,17 @@ static void acks_read_reply(struct redisReply *reply, void *context)
 	}
 	if (reply->type == REDIS_REPLY_ARRAY && reply->elements == 1 &&
 	    reply->element[0]->type == REDIS_REPLY_ARRAY &&
-	    reply->element[0]->elements == 2)
-		acks_handle_entries(queue, reply->element[0]->element[1]);
+	    reply->element[0]->elements == 2 &&
+	    acks_handle_entries(queue, reply->element[0]->element[1]))
+		progress = TRUE;
 	if (acks_id_is_too_large(queue->acks_last_id)) {
 		acks_delete_stream(queue, t_strdup_printf(
 			"After entry %s there is no room",
 			str_sanitize(queue->acks_last_id, 50)));
-	} else {
+	} else if (progress)
 		acks_read(queue);
-	}
+	else
+		queue->acks_retry = TRUE;
 	dovetail_queue_conns_flush(queue);
 }
 

@@ -593,6 +593,7 @@ static bool log_sync_last_is(const struct dovetail_queue_log *log,
 
 	return log->sync.have_last && log->sync.ours &&
 		dovetail_queue_id_cmp(&log->sync.last_id, &id) == 0 &&
+		dovetail_queue_id_cmp(&log->sync.end_id, &id) <= 0 &&
 		memcmp(log->sync.last_hash, chain->hash,
 		       DOVETAIL_HASH_SIZE) == 0;
 }
@@ -606,6 +607,8 @@ static void log_new_generation(struct dovetail_queue_log *log)
 	if (log->sync.have_last &&
 	    generation <= log->sync.last_id.generation)
 		generation = log->sync.last_id.generation + 1;
+	if (generation <= log->sync.end_id.generation)
+		generation = log->sync.end_id.generation + 1;
 	log->sent.generation = generation;
 	log->sent.seq = 0;
 	memcpy(log->sent.hash, log->stored.hash, sizeof(log->sent.hash));
@@ -673,6 +676,13 @@ static void log_synced(struct dovetail_queue_log *log)
 		e_error(log->event, "Somebody added entry %s to stream %s, "
 			"after which there is no room: Deleting the stream",
 			id_str(&log->sync.last_id), log->key);
+		log_sync_delete(log);
+		return;
+	}
+	if (log->sync.end_id.generation >= GENERATION_MAX) {
+		e_error(log->event, "Somebody set the end of stream %s to %s, "
+			"after which there is no room: Deleting the stream",
+			log->key, id_str(&log->sync.end_id));
 		log_sync_delete(log);
 		return;
 	}
@@ -810,6 +820,27 @@ static void log_sync_first_reply(struct redisReply *reply, void *context)
 		log->sync.first_usecs = opened.head.time_usecs;
 }
 
+static void log_sync_info_reply(struct redisReply *reply, void *context)
+{
+	struct dovetail_queue_log *log = context;
+	const struct redisReply *key, *value;
+	size_t i;
+
+	/* there may be no stream */
+	if (reply == NULL || reply->type != REDIS_REPLY_ARRAY)
+		return;
+	for (i = 0; i + 1 < reply->elements; i += 2) {
+		key = reply->element[i];
+		value = reply->element[i + 1];
+		if (key->type == REDIS_REPLY_STRING &&
+		    strcmp(key->str, "last-generated-id") == 0 &&
+		    (value->type != REDIS_REPLY_STRING ||
+		     dovetail_queue_id_parse(value->str, value->len,
+					     &log->sync.end_id) < 0))
+			i_zero(&log->sync.end_id);
+	}
+}
+
 static void log_sync_length_reply(struct redisReply *reply, void *context)
 {
 	struct dovetail_queue_log *log = context;
@@ -855,6 +886,8 @@ static void log_sync(struct dovetail_queue_log *log)
 				log->key, "+", "-", "COUNT", "1", NULL);
 	dovetail_redis_commandl(redis, log_sync_first_reply, log, "XRANGE",
 				log->key, "-", "+", "COUNT", "1", NULL);
+	dovetail_redis_commandl(redis, log_sync_info_reply, log, "XINFO",
+				"STREAM", log->key, NULL);
 	dovetail_redis_commandl(redis, log_sync_length_reply, log, "XLEN",
 				log->key, NULL);
 	dovetail_redis_commandl(redis, log_sync_memory_reply, log, "MEMORY",

@@ -194,6 +194,9 @@ struct dovetail_queue_log {
 		/* we deleted the stream: its end was no use */
 		bool deleted;
 		struct dovetail_queue_id last_id, first_id;
+		/* what a new entry's ID has to be above: more than last_id
+		   when entries were deleted. 0-0: Redis did not say */
+		struct dovetail_queue_id end_id;
 		unsigned char last_hash[DOVETAIL_HASH_SIZE];
 		size_t last_size;
 		uint64_t first_usecs, length, memory;

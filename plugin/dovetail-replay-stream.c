@@ -51,6 +51,8 @@
 #define STREAM_RETRY_MSECS 1000
 /* An idle reader has another look at the streams' places. */
 #define STREAM_BLOCK_MSECS "5000"
+/* ... and answers in any case: a connection on which nothing comes is dead. */
+#define STREAM_READ_TIMEOUT_MSECS 15000
 #define STREAM_LOG_SECS 60
 
 /* The state file of a stream, host byte order: written over and over at one
@@ -187,9 +189,16 @@ static void stream_ack_sent(struct redisReply *reply, void *context)
 	struct replay_stream *stream = context;
 
 	/* with no answer the connection is gone, and its return sends anew */
-	if (reply != NULL && reply->type == REDIS_REPLY_ERROR) {
-		stream_set_error(stream, t_strdup_printf(
-			"Cannot acknowledge: %s", reply->str));
+	if (reply == NULL || reply->type != REDIS_REPLY_ERROR)
+		return;
+	stream_set_error(stream, t_strdup_printf("Cannot acknowledge: %s",
+						 str_sanitize(reply->str, 200)));
+	if (strstr(reply->str, "last possible ID") != NULL) {
+		/* Somebody else's doing: there is no room behind the stream's
+		   end. We report again soon. */
+		dovetail_redis_commandl(streams.writer, NULL, NULL, "DEL",
+			t_strconcat(replay.set.redis.prefix, "ack:",
+				    stream->origin, NULL), NULL);
 	}
 }
 
@@ -500,6 +509,12 @@ static bool stream_note_read(struct replay_stream *stream,
 	return TRUE;
 }
 
+static bool reply_is(const struct redisReply *reply, const char *word)
+{
+	return reply->len == strlen(word) &&
+		memcmp(reply->str, word, reply->len) == 0;
+}
+
 /* The only field of an entry; NULL: it is something else. */
 static const struct redisReply *
 stream_entry_field(const struct redisReply *entry, bool *waited_r)
@@ -515,9 +530,9 @@ stream_entry_field(const struct redisReply *entry, bool *waited_r)
 	    fields->element[0]->type != REDIS_REPLY_STRING ||
 	    fields->element[1]->type != REDIS_REPLY_STRING)
 		return NULL;
-	if (strcmp(fields->element[0]->str, DOVETAIL_ENTRY_FIELD_WAITED) == 0)
+	if (reply_is(fields->element[0], DOVETAIL_ENTRY_FIELD_WAITED))
 		*waited_r = TRUE;
-	else if (strcmp(fields->element[0]->str, DOVETAIL_ENTRY_FIELD) != 0)
+	else if (!reply_is(fields->element[0], DOVETAIL_ENTRY_FIELD))
 		return NULL;
 	return fields->element[1];
 }
@@ -824,7 +839,8 @@ void replay_streams_init(void)
 	if (array_count(&streams.list) == 0)
 		return;
 	streams.reader = dovetail_redis_init(replay.event, &replay.set.redis,
-		replay.redis_password, 0, &reader_callbacks, NULL);
+		replay.redis_password, STREAM_READ_TIMEOUT_MSECS,
+		&reader_callbacks, NULL);
 	streams.writer = dovetail_redis_init(replay.event, &replay.set.redis,
 		replay.redis_password, STREAM_CMD_TIMEOUT_MSECS,
 		&writer_callbacks, NULL);

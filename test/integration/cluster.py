@@ -771,6 +771,10 @@ class Cluster:
         self.expected += regexes
 
     def close(self):
+        for node in self.nodes:
+            # all at once: each takes a second
+            if node.running():
+                node.signal(signal.SIGTERM)
         for server in self.servers:
             with contextlib.suppress(FileNotFoundError):
                 server.close()

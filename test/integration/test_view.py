@@ -197,14 +197,11 @@ def test_new_user_exists_at_once(plain):
 def test_stop_start_kill(plain):
     user = plain.user()
     user.lmtp(mail("one"))
-    plain.expect_errors("killed with signal 9", "auth-master: ",
-                        "Failed to lookup user")
+    plain.expect_errors("killed with signal 9")
     with user.imap() as session:
         wait_for(lambda: plain.a.kill_service("imap") == 1, "imap")
         with pytest.raises(GONE):
             wait_for(lambda: session.do("NOOP") and None, "the end")
-    plain.a.reload()
-    assert len(user.look("INBOX", plain.a)) == 1
     plain.a.kill()
     with pytest.raises(GONE):
         user.lmtp(mail("never"))
