@@ -329,18 +329,18 @@ static int capture_body(struct capture *c, struct dovetail_op_append *append)
 	return 1;
 }
 
+static int copy_hint_cmp(const uint32_t *uid,
+			 const struct dovetail_copy_hint *hint)
+{
+	return *uid < hint->uid ? -1 : *uid > hint->uid ? 1 : 0;
+}
+
 static const struct dovetail_copy_hint *
 capture_find_hint(struct capture *c, uint32_t uid)
 {
-	const struct dovetail_copy_hint *hint;
-
 	if (!array_is_created(&c->dbox->hints))
 		return NULL;
-	array_foreach(&c->dbox->hints, hint) {
-		if (hint->uid == uid)
-			return hint;
-	}
-	return NULL;
+	return array_bsearch(&c->dbox->hints, &uid, copy_hint_cmp);
 }
 
 static int capture_metadata(struct capture *c, struct dovetail_op_append *append)
@@ -891,8 +891,7 @@ static void capture_run(struct mailbox *box, enum dovetail_capture_trigger trigg
 
 	dbox->seen = end;
 	capture_deinit(&c);
-	if (array_is_created(&dbox->hints))
-		array_clear(&dbox->hints);
+	array_free(&dbox->hints);
 }
 
 void dovetail_capture(struct mailbox *box, enum dovetail_capture_trigger trigger)
@@ -943,10 +942,8 @@ void dovetail_capture_copied(struct mailbox_transaction_context *t,
 
 	if (dbox == NULL || dbox->internal || !dbox->duser->primary)
 		return;
-	if (!array_is_created(&dbox->copied)) {
-		p_array_init(&dbox->copied, t->box->pool, 16);
-		p_array_init(&dbox->hints, t->box->pool, 16);
-	}
+	if (!array_is_created(&dbox->copied))
+		i_array_init(&dbox->copied, 16);
 	hint = array_append_space(&dbox->copied);
 	if (src_dbox != NULL && src_dbox->duser == dbox->duser &&
 	    dovetail_mailbox_get_guid(src->box, hint->src_mailbox_guid) == 0)
@@ -968,6 +965,8 @@ void dovetail_capture_copies_saved(struct dovetail_mailbox *dbox,
 	   a plugin does, there are no hints and bodies are sent. */
 	if (changes != NULL &&
 	    seq_range_count(&changes->saved_uids) == array_count(&dbox->copied)) {
+		array_free(&dbox->hints);
+		i_array_init(&dbox->hints, array_count(&dbox->copied));
 		seq_range_array_iter_init(&iter, &changes->saved_uids);
 		array_foreach(&dbox->copied, copied) {
 			if (!seq_range_array_iter_nth(&iter, n++, &uid))
@@ -979,7 +978,7 @@ void dovetail_capture_copies_saved(struct dovetail_mailbox *dbox,
 			hint->uid = uid;
 		}
 	}
-	array_clear(&dbox->copied);
+	array_free(&dbox->copied);
 }
 
 int dovetail_plugin_capture_snapshot(struct mailbox *box, uint32_t uid_next,

@@ -183,6 +183,7 @@ static void dovetail_mailbox_close(struct mailbox *box)
 	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
 
 	dovetail_capture_close(box);
+	array_free(&dbox->hints);
 	dbox->module_ctx.super.close(box);
 }
 

@@ -52,9 +52,9 @@ struct dovetail_mailbox {
 	bool internal;
 	/* capture is running on this box: a nested hook must not start again */
 	bool capturing;
-	/* the current transaction's copies, in order; see
-	   dovetail_capture_copied() */
+	/* the current transaction's copies, in order, until it is committed */
 	ARRAY(struct dovetail_copy_hint) copied;
+	/* then, by UID, until they are captured */
 	ARRAY(struct dovetail_copy_hint) hints;
 
 	bool guid_known;

@@ -19,6 +19,7 @@ of each other, so they must fail.
 import atexit
 import collections
 import contextlib
+import ctypes
 import email.utils
 import imaplib
 import os
@@ -128,6 +129,14 @@ def age(pid):
     return 0
 
 
+_libc = ctypes.CDLL(None)
+
+
+def end_with_parent():
+    """A server does not outlive a test run that is killed."""
+    _libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 class Daemon:
     """A server that runs as a child of this process."""
 
@@ -141,7 +150,7 @@ class Daemon:
         with open(output, "ab") as out:
             self.process = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                env=env, start_new_session=True)
+                env=env, start_new_session=True, preexec_fn=end_with_parent)
 
         def up():
             if self.process.poll() is not None:

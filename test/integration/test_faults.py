@@ -11,7 +11,7 @@ import time
 import pytest
 
 import view
-from cluster import GONE, Cluster, Imap, Refused, mail, wait_for
+from cluster import GONE, Cluster, Refused, mail, wait_for
 
 ACK_TIMEOUT = 1
 # of a busy machine, on top of the timeout
@@ -459,7 +459,8 @@ def test_wrong_redis_password(new_cluster):
 def test_redis_sees_only_ciphertext(pair, user):
     with user.imap() as session:
         session.do("CREATE Secretfolder")
-        session.append("Secretfolder", mail("Secretbody " * 9), flags="Secretword")
+        session.append("Secretfolder", mail("Secretbody " * 9),
+                       flags="Secretword")
         session.do("RENAME Secretfolder Othersecret")
     user.wait_equal()
     known = [b"ecretfolder", b"ecretbody", b"ecretword", b"thersecret",
