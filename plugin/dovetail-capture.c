@@ -556,54 +556,102 @@ static int capture_record(struct capture *c,
 	return 1;
 }
 
-static int
-capture_records(struct capture *c, struct mail_transaction_log_view *lv)
-{
-	struct dovetail_change_mailbox *mailbox = &c->change.u.mailbox;
-	const struct mail_transaction_header *hdr;
-	struct dovetail_log_pos pos = mailbox->from, known;
+/* A record of the log that is a change, copied. */
+struct capture_record {
+	struct dovetail_log_pos pos;
+	struct mail_transaction_header hdr;
 	const void *data;
-	const char *error;
-	uoff_t offset;
-	bool asked = FALSE;
-	int ret, ret2;
+};
+ARRAY_DEFINE_TYPE(capture_record, struct capture_record);
 
+/* Copy the changes out of the log. What is done with them opens the mailbox once
+   more, which may map the log anew under a view that is being read.
+   Returns 1: done.  0: the log does not reach back to from.  -1: failed. */
+static int
+capture_read_log(struct capture *c, const struct dovetail_log_pos *from,
+		 const struct dovetail_log_pos *end, pool_t pool,
+		 ARRAY_TYPE(capture_record) *records)
+{
+	struct mail_transaction_log_view *lv;
+	const struct mail_transaction_header *hdr;
+	struct capture_record *record;
+	const char *reason;
+	const void *data;
+	uoff_t offset;
+	bool reset;
+	int ret;
+
+	lv = mail_transaction_log_view_open(c->box->index->log);
+	ret = mail_transaction_log_view_set(lv, from->file_seq,
+					    from->file_offset, end->file_seq,
+					    end->file_offset, &reset, &reason);
+	if (ret > 0 && reset)
+		ret = 0;
+	else if (ret < 0)
+		capture_fail(c, "%s", reason);
+	if (ret <= 0) {
+		mail_transaction_log_view_close(&lv);
+		return ret;
+	}
 	while ((ret = mail_transaction_log_view_next(lv, &hdr, &data)) > 0) {
 		if (!capture_is_change(hdr))
 			continue;
-		mail_transaction_log_view_get_prev_pos(lv, &pos.file_seq,
-						       &offset);
-		pos.file_offset = offset;
-		if (!asked && dovetail_log_pos_cmp(&pos, &c->dbox->seen) < 0) {
+		record = array_append_space(records);
+		record->pos.index_id = from->index_id;
+		mail_transaction_log_view_get_prev_pos(lv,
+			&record->pos.file_seq, &offset);
+		record->pos.file_offset = offset;
+		record->hdr = *hdr;
+		record->data = p_memdup(pool, data, hdr->size);
+	}
+	mail_transaction_log_view_close(&lv);
+	if (ret < 0) {
+		capture_fail(c, "Cannot read the log of the index: %s",
+			     dovetail_index_error(c->box->index));
+		return -1;
+	}
+	return 1;
+}
+
+/* Make changes of the records. Returns 1, 0 when deferred, -1 when failed. */
+static int capture_records(struct capture *c,
+			   const ARRAY_TYPE(capture_record) *records)
+{
+	struct dovetail_change_mailbox *mailbox = &c->change.u.mailbox;
+	const struct capture_record *record;
+	struct dovetail_log_pos known;
+	const char *error;
+	bool asked = FALSE;
+	int ret = 1;
+
+	array_foreach(records, record) {
+		if (!asked && dovetail_log_pos_cmp(&record->pos,
+						   &c->dbox->seen) < 0) {
 			/* Somebody else's record: they may have queued it. */
 			asked = TRUE;
 			if (dovetail_queue_client_position(c->duser->client,
-					mailbox->guid, pos.index_id,
+					mailbox->guid, record->pos.index_id,
 					c->deadline, &known, &error) > 0 &&
 			    dovetail_log_pos_cmp(&known, &mailbox->from) > 0) {
 				mailbox->from = known;
 				c->known = known;
 			}
 		}
-		if (dovetail_log_pos_cmp(&pos, &mailbox->from) < 0)
+		if (dovetail_log_pos_cmp(&record->pos, &mailbox->from) < 0)
 			continue;
 		capture_init_buffers(c);
 		if (c->ops->used > DOVETAIL_CHANGE_SPLIT_SIZE) {
-			mailbox->to = pos;
+			mailbox->to = record->pos;
 			if (capture_flush(c) < 0)
 				return -1;
 		}
 		T_BEGIN {
-			ret2 = capture_record(c, hdr, data);
+			ret = capture_record(c, &record->hdr, record->data);
 		} T_END;
-		if (ret2 <= 0)
-			return ret2;
+		if (ret <= 0)
+			break;
 	}
-	if (ret < 0) {
-		capture_fail(c, "Cannot read the log of the index: %s",
-					   dovetail_index_error(c->box->index));
-	}
-	return ret < 0 ? -1 : 1;
+	return ret;
 }
 
 /* Queue the log from position to end. Returns 1: all sent (or nothing was to
@@ -614,29 +662,20 @@ static int capture_log(struct capture *c, const struct dovetail_log_pos *from,
 		       struct dovetail_log_pos *sent_r)
 {
 	struct dovetail_change_mailbox *mailbox = &c->change.u.mailbox;
-	struct mail_transaction_log_view *lv;
-	const char *reason;
-	bool reset;
+	ARRAY_TYPE(capture_record) records;
+	pool_t pool;
 	int ret;
 
 	mailbox->from = *from;
-	lv = mail_transaction_log_view_open(c->box->index->log);
-	ret = mail_transaction_log_view_set(lv, from->file_seq,
-					    from->file_offset, end->file_seq,
-					    end->file_offset, &reset, &reason);
-	if (ret > 0 && reset)
-		ret = 0;
-	else if (ret < 0)
-		capture_fail(c, "%s", reason);
-	if (ret > 0)
-		ret = capture_records(c, lv);
-	else if (ret == 0) {
-		mail_transaction_log_view_close(&lv);
-		return 0;
-	}
-	mail_transaction_log_view_close(&lv);
-	if (ret < 0)
-		return -1;
+	pool = pool_alloconly_create("dovetail capture", 1024);
+	i_array_init(&records, 8);
+	ret = capture_read_log(c, from, end, pool, &records);
+	if (ret > 0 && capture_records(c, &records) < 0)
+		ret = -1;
+	array_free(&records);
+	pool_unref(&pool);
+	if (ret <= 0)
+		return ret;
 
 	if ((c->ops != NULL && c->ops->used > 0) ||
 	    from->file_seq != end->file_seq ||

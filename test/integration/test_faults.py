@@ -25,7 +25,8 @@ RESTARTED = ("auth-master: ", "Failed to lookup user", "Cannot open user",
              "locking failed: Interrupted", "wait_lock_fd.*Interrupted")
 # ... and when a mail process is killed half-way through a commit
 KILLED = RESTARTED + ("killed with signal 9", "dbox-Mails/u.* already exists",
-                      "view is now inconsistent",
+                      "view is now inconsistent", "Deleting corrupted cache",
+                      "Corrupted dbox file",
                       r"(?i)dovetail.*(connect|lost|closed|queue)")
 
 
@@ -468,7 +469,7 @@ def test_redis_sees_only_ciphertext(pair, user):
     found = set()
     for path, _, files in os.walk(pair.redis.dir):
         for name in files:
-            if name not in ("log", "conf", "out"):
+            if name not in ("log", "conf", "out", "s"):
                 with open(os.path.join(path, name), "rb") as f:
                     data = f.read()
                 found |= {word for word in known if word in data}

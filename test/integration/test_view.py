@@ -213,8 +213,7 @@ def test_stop_start_kill(plain):
 
 def test_memory_is_measured(plain):
     user = plain.user()
-    with Memory(plain.a.pids) as memory:
-        with user.imap() as session:
-            session.append("INBOX", mail("large", 5 << 20))
+    with user.imap() as session, Memory(plain.a.pids) as memory:
+        session.append("INBOX", mail("large", 5 << 20))
     assert any(name == "imap" for name, _ in memory.growth), memory.growth
     assert max(memory.growth.values()) < 16 << 20
