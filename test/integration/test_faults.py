@@ -167,9 +167,9 @@ class Writer(threading.Thread):
         meanwhile; no other fault makes a write fail."""
         assert self.error is None, self.error
         assert may_defer or not self.deferred, self.deferred
-        # a crash takes Maildir's cached save dates with it, and then the
+        # a fault takes Maildir's cached save dates with it, and then the
         # primary itself shows the file's ctime, which each rename changes
-        self.user.wait_equal(90, ignore=("saved",) if may_defer and
+        self.user.wait_equal(90, ignore=("saved",) if
                              self.user.primary.format == "maildir" else ())
         for node in self.user.cluster.nodes:
             there = {re.search(rb"Subject: (.*)\r\n", m.body)[1].decode(): m
