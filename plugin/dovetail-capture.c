@@ -822,7 +822,10 @@ static void capture_settle(struct mailbox *box, int ret)
 	if (ret > 0 && ++dbox->unwritten >= CAPTURE_UNWRITTEN_MAX)
 		capture_write_position(box, &dbox->sent);
 	if (ret < 0) {
+		/* what was confirmed and not written is found again: sent does
+		   not say it any more */
 		i_zero(&dbox->sent);
+		dbox->unwritten = 0;
 		duser->unclean = TRUE;
 		dovetail_queue_client_sweep(duser->client,
 					    duser->user->username);

@@ -31,7 +31,7 @@
 #define WANTED_SHARD_DELAY_MSECS 100
 
 struct wanted {
-	char *user, *origin, *path, *reason;
+	char *user, *origin, *path;
 	guid_128_t guid;
 	uint32_t uid_next;
 	/* of a shard: */
@@ -83,7 +83,6 @@ static void wanted_free(struct wanted *w)
 	i_free(w->user);
 	i_free(w->origin);
 	i_free(w->path);
-	i_free(w->reason);
 }
 
 static void wanted_save(void)
@@ -123,7 +122,6 @@ static void wanted_load_line(const char *line)
 	w->user = i_strdup(fields[0]);
 	w->origin = i_strdup(fields[1]);
 	w->path = i_strdup(fields[3]);
-	w->reason = i_strdup("Not there before the restart");
 	guid_128_copy(w->guid, guid);
 	/* asked with no knowledge of what is here: from the first UID */
 	w->uid_next = 1;
@@ -274,7 +272,6 @@ void replay_wanted_add(const char *user, const char *origin,
 	w->user = i_strdup(user);
 	w->origin = i_strdup(origin);
 	w->path = i_strdup(path);
-	w->reason = i_strdup(reason);
 	guid_128_copy(w->guid, guid);
 	w->uid_next = uid_next;
 	w->retry_secs = WANTED_RETRY_MIN_SECS;
@@ -303,7 +300,6 @@ void replay_wanted_add_shard(const char *origin, uint8_t shard,
 	w->user = i_strdup("");
 	w->origin = i_strdup(origin);
 	w->path = i_strdup_printf("%u", shard);
-	w->reason = i_strdup(reason);
 	w->shard = shard;
 	w->number = i_rand();
 	w->retry_secs = WANTED_RETRY_MIN_SECS;

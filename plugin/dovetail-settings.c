@@ -7,7 +7,6 @@
 #include "dovetail-node.h"
 #include "dovetail-settings.h"
 
-#define DOVETAIL_DEFAULT_KEY_DIR "/etc/dovecot/dovetail"
 #define DOVETAIL_DEFAULT_STATE_DIR "/var/lib/dovecot/dovetail"
 #define DOVETAIL_DEFAULT_QUEUE_SOCKET "dovetail-queue"
 #define DOVETAIL_DEFAULT_ACK_TIMEOUT "2s"
@@ -273,7 +272,7 @@ static const struct dovetail_setting dovetail_setting_list[] = {
 	{ "dovetail_peers", NULL, dovetail_settings_parse_peers },
 	{ "dovetail_primary", NULL, dovetail_settings_parse_primary },
 	{ "dovetail_redis", NULL, dovetail_settings_parse_redis },
-	{ "dovetail_key_dir", DOVETAIL_DEFAULT_KEY_DIR,
+	{ "dovetail_key_dir", DOVETAIL_KEY_DIR_DEFAULT,
 	  dovetail_settings_parse_key_dir },
 	{ "dovetail_state_dir", DOVETAIL_DEFAULT_STATE_DIR,
 	  dovetail_settings_parse_state_dir },
