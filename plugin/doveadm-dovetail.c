@@ -391,6 +391,8 @@ status_conn_status(struct status_conn *conn, struct dovetail_wire_reader *r)
 			field.value = dovetail_wire_get_str(r, conn->pool);
 			array_push_back(&fields, &field);
 		}
+		if (array_count(&fields) == 0)
+			continue;
 		row = array_append_space(&conn->rows);
 		row->count = array_count(&fields);
 		row->fields = p_memdup(conn->pool, array_front(&fields),
@@ -445,8 +447,10 @@ static void status_conn_input(struct status_conn *conn)
 	int ret;
 
 	if (i_stream_read(conn->input) == -1) {
+		/* reset: it had not even read the question */
 		status_conn_failed(conn, EX_TEMPFAIL,
-			conn->input->stream_errno != 0 ?
+			conn->input->stream_errno != 0 &&
+			conn->input->stream_errno != ECONNRESET ?
 			t_strdup_printf("read() failed: %s",
 				i_stream_get_error(conn->input)) :
 			"the dovetail-queue service hung up without an "
@@ -496,7 +500,8 @@ static int status_conn_ask(struct status_conn *conn, int fd)
 
 	/* Far less than what the socket of a new connection takes at once. If
 	   the other side is gone already, reading tells. */
-	if (write_full(fd, buf->data, buf->used) < 0 && errno != EPIPE) {
+	if (write_full(fd, buf->data, buf->used) < 0 &&
+	    errno != EPIPE && errno != ECONNRESET) {
 		conn->error = p_strdup_printf(conn->pool,
 					      "write() failed: %m");
 		conn->exit_code = EX_TEMPFAIL;

@@ -243,6 +243,15 @@ static void queue_client_input_frame(struct dovetail_queue_client *client,
 	i_free(waiter);
 }
 
+/* However the queue hung up, with something unread or without: one text. */
+static const char *
+queue_client_io_error(struct dovetail_queue_client *client, const char *call)
+{
+	if (errno == EPIPE || errno == ECONNRESET)
+		return "dovetail-queue closed the connection";
+	return t_strdup_printf("%s(%s) failed: %m", call, client->path);
+}
+
 /* Read what is there and handle its frames. Returns 0, or -1 when the
    connection is gone. */
 static int queue_client_input(struct dovetail_queue_client *client)
@@ -264,8 +273,7 @@ static int queue_client_input(struct dovetail_queue_client *client)
 		if (ret <= 0) {
 			queue_client_disconnect(client, ret == 0 ?
 				"dovetail-queue closed the connection" :
-				t_strdup_printf("read(%s) failed: %m",
-						client->path));
+				queue_client_io_error(client, "read"));
 			return -1;
 		}
 		if (ret < 4096)
@@ -310,8 +318,7 @@ static int queue_client_output(struct dovetail_queue_client *client,
 			continue;
 		}
 		if (ret < 0 && errno != EAGAIN && errno != EINTR) {
-			*error_r = t_strdup_printf("write(%s) failed: %m",
-						   client->path);
+			*error_r = queue_client_io_error(client, "write");
 			queue_client_disconnect(client, *error_r);
 			return -1;
 		}

@@ -257,10 +257,14 @@ def test_help_for_arguments_that_make_no_sense(stopped, args):
 # -- status of the node
 
 class FakeQueue:
-    """Something else at the other end of the service's socket."""
+    """Something else at the other end of the service's socket: reads what
+    doveadm asks, sends this, and hangs up. hang: waits for doveadm to do that;
+    deaf: leaves unread what doveadm asks, which then sees a reset; rude: does
+    not even wait for that."""
 
-    def __init__(self, path, *sends, hang=False):
-        self.sends, self.hang = sends, hang
+    def __init__(self, path, *sends, hang=False, deaf=False, rude=False):
+        self.sends, self.hang, self.deaf = sends, hang, deaf
+        self.rude = rude
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.settimeout(20)
         self.listener.bind(path)
@@ -273,8 +277,8 @@ class FakeQueue:
 
     def answer(self, connection):
         with connection:
-            if self.hang or self.sends:
-                connection.recv(1000)
+            if not self.rude:
+                connection.recv(1000, socket.MSG_PEEK if self.deaf else 0)
             for data in self.sends:
                 connection.sendall(data)
                 time.sleep(0.01)
@@ -347,6 +351,21 @@ def test_status_prints_what_it_gets(stopped, tmp_path, formatter):
         assert all(line.count("\t") == 6 for line in lines)
 
 
+def test_status_of_nothing(stopped, tmp_path):
+    path = str(tmp_path / "s")
+    with FakeQueue(path, welcome + status_frame({}, {"node": "a"}, {})):
+        assert ask(stopped.a, "status", "-a", path) == [{"node": "a"}]
+
+
+def test_status_hangs_up_at_once(stopped, tmp_path):
+    """Before, while or after doveadm writes: as it happens."""
+    for n in range(20):
+        path = str(tmp_path / str(n))
+        with FakeQueue(path, rude=True):
+            _, err = dovetail(stopped.a, "status", "-a", path, exit=TEMPFAIL)
+        assert "hung up" in err
+
+
 def test_status_is_brief_unless_told(stopped, tmp_path):
     for i, (options, header) in enumerate([
             ((), ["node", "peer", "lag", "zebra", "error"]),
@@ -391,9 +410,10 @@ def test_status_tells_what_is_wrong_at_the_end(stopped, tmp_path):
     ((welcome, frame(REPLY, num(1), b"\x03", string("go away"))), NOPERM,
      "go away"),
 ], ids=range(10))
-def test_status_of_a_stranger(stopped, tmp_path, sends, exit, what):
+@pytest.mark.parametrize("deaf", [False, True])
+def test_status_of_a_stranger(stopped, tmp_path, sends, exit, what, deaf):
     path = str(tmp_path / "s")
-    with FakeQueue(path, *sends):
+    with FakeQueue(path, *sends, deaf=deaf):
         out, err = dovetail(stopped.a, "status", "-a", path, exit=exit)
     assert out == "" and path in err and what in err
 
