@@ -304,7 +304,6 @@ static void acks_read(struct dovetail_queue *queue)
 				"BLOCK", ACKS_BLOCK_MSECS,
 				"STREAMS", queue->acks_key, queue->acks_last_id,
 				NULL);
-	dovetail_redis_flush(queue->acks_redis);
 }
 
 /* If the stream now ends before what we have read, it is another one. */
@@ -339,7 +338,6 @@ static void acks_check_end(struct dovetail_queue *queue)
 	dovetail_redis_commandl(queue->acks_redis, acks_last_reply, queue,
 				"XREVRANGE", queue->acks_key, "+", "-",
 				"COUNT", "1", NULL);
-	dovetail_redis_flush(queue->acks_redis);
 }
 
 static void acks_redis_ready(void *context)

@@ -314,7 +314,6 @@ static void log_trim(struct dovetail_queue_log *log)
 	dovetail_redis_commandl(log->queue->redis, log_trim_reply, log,
 				"XTRIM", log->key, "MINID", id_str(&minid),
 				NULL);
-	dovetail_redis_flush(log->queue->redis);
 }
 
 static void log_confirm(struct dovetail_queue_log *log)
@@ -542,7 +541,6 @@ static void group_send(struct dovetail_queue_group *group)
 	log->inflight = group;
 	dovetail_redis_command(queue->redis, N_ELEMENTS(argv), argv, argv_len,
 			       log_xadd_reply, log);
-	dovetail_redis_flush(queue->redis);
 
 	if (queue->entry_buf->used > BUFFER_KEEP_SIZE) {
 		buffer_free(&queue->entry_buf);
@@ -663,7 +661,6 @@ static void log_sync_delete(struct dovetail_queue_log *log)
 {
 	dovetail_redis_commandl(log->queue->redis, log_sync_delete_reply, log,
 				"DEL", log->key, NULL);
-	dovetail_redis_flush(log->queue->redis);
 }
 
 static void log_synced(struct dovetail_queue_log *log)
@@ -892,7 +889,6 @@ static void log_sync(struct dovetail_queue_log *log)
 				log->key, NULL);
 	dovetail_redis_commandl(redis, log_sync_memory_reply, log, "MEMORY",
 				"USAGE", log->key, "SAMPLES", "16", NULL);
-	dovetail_redis_flush(redis);
 }
 
 void dovetail_queue_log_redis_ready(struct dovetail_queue_log *log)

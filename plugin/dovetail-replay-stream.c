@@ -257,7 +257,6 @@ static void stream_ack(struct replay_stream *stream)
 		dovetail_redis_command(streams.writer, N_ELEMENTS(argv), argv,
 				       lens, stream_ack_sent, stream);
 	} T_END;
-	dovetail_redis_flush(streams.writer);
 	array_clear(&stream->failed);
 	stream->ack_needed = FALSE;
 	stream->ack_waited = FALSE;
@@ -717,7 +716,6 @@ static void streams_read(void)
 			dovetail_redis_command(streams.reader, argc,
 					       array_front(&argv), lens,
 					       streams_received, NULL);
-			dovetail_redis_flush(streams.reader);
 		}
 	} T_END;
 	if (count == 0)

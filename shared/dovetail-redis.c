@@ -27,11 +27,14 @@
 
 #define DOVETAIL_REDIS_RETRY_MIN_MSECS 50
 #define DOVETAIL_REDIS_RETRY_MAX_MSECS 2000
-/* For connection attempts when the caller wants no timeout for commands. */
-#define DOVETAIL_REDIS_CONNECT_TIMEOUT_MSECS 10000
-/* When a command is overdue, its answer may already wait in the socket, because
-   this process was busy or stopped. The ioloop gets this long to read it. */
-#define DOVETAIL_REDIS_GRACE_MSECS 20
+/* The server is given up when in so many parts of the timeout, one after the
+   other, and a bit of one more, nothing came of what it owes. The parts are
+   counted by the ioloop: however long this process was busy or stopped, that
+   is one part, and what came meanwhile is read before the next one. */
+#define DOVETAIL_REDIS_TIMEOUT_PARTS 4
+/* Another reason for an outage that was logged is worth a line when the outage
+   is so old, and twice as old as with the line before. */
+#define DOVETAIL_REDIS_OUTAGE_LOG_MSECS 10000
 
 #define DOVETAIL_REDIS_READ_SIZE (64 * 1024)
 /* Let others run after this many bytes of one connection. */
@@ -62,8 +65,6 @@ struct dovetail_redis_cmd {
 	struct dovetail_redis_cmd *prev, *next;
 	dovetail_redis_callback_t *callback;
 	void *context;
-	/* monotonic */
-	uint64_t sent_msecs;
 };
 
 /* One socket and what belongs to it. */
@@ -100,8 +101,8 @@ struct dovetail_redis {
 	enum dovetail_redis_state state;
 	time_t state_since;
 	char *last_error;
-	/* the last error that was logged; NULL after a connection worked */
-	char *logged_error;
+	/* counted in the outage */
+	bool failed;
 
 	struct dovetail_redis_conn *conn;
 	/* addresses of url.host, tried one after the other */
@@ -109,13 +110,12 @@ struct dovetail_redis {
 	unsigned int ips_count, ip_idx;
 	unsigned int handshakes_left;
 
-	/* one at a time: next attempt; attempt takes too long; oldest command
-	   takes too long */
+	/* one at a time: next attempt; part of a timeout */
 	struct timeout *to;
+	/* parts in which nothing came */
+	unsigned int quiet;
 	unsigned int retry_msecs;
 	uint64_t ready_msecs;
-	/* the command that gets its grace time */
-	const struct dovetail_redis_cmd *overdue;
 
 	/* sent on conn, oldest first */
 	struct dovetail_redis_cmd *cmds_head, *cmds_tail;
@@ -123,8 +123,19 @@ struct dovetail_redis {
 	struct dovetail_redis_cmd *lost_head, *lost_tail;
 };
 
+/* A process has one Redis, and what happens to it happens to all connections:
+   it is told once. */
+static struct {
+	/* connections that failed and have not worked since */
+	unsigned int count;
+	/* what was logged last; NULL: all is well */
+	char *error;
+	uint64_t start_msecs, logged_msecs;
+} outage;
+
 static void dovetail_redis_connect(struct dovetail_redis *redis);
-static void dovetail_redis_set_timeout(struct dovetail_redis *redis);
+static void dovetail_redis_connect_wait(struct dovetail_redis *redis, int fd);
+static void dovetail_redis_connect_failed(struct dovetail_redis *redis);
 
 static uint64_t dovetail_redis_now_msecs(void)
 {
@@ -185,7 +196,6 @@ static void dovetail_redis_unref(struct dovetail_redis **_redis)
 	}
 	i_free(redis->ips);
 	i_free(redis->last_error);
-	i_free(redis->logged_error);
 	event_unref(&redis->event);
 	pool_unref(&redis->pool);
 }
@@ -226,7 +236,6 @@ static void dovetail_redis_close(struct dovetail_redis *redis)
 	struct dovetail_redis_cmd *cmd;
 
 	timeout_remove(&redis->to);
-	redis->overdue = NULL;
 	if (redis->conn != NULL) {
 		dovetail_redis_conn_close(redis->conn);
 		dovetail_redis_conn_unref(&redis->conn);
@@ -237,16 +246,46 @@ static void dovetail_redis_close(struct dovetail_redis *redis)
 	}
 }
 
-static void dovetail_redis_log_error(struct dovetail_redis *redis,
-				     const char *error)
+/* ---- the outage ---- */
+
+static void
+outage_log(struct dovetail_redis *redis, const char *error, uint64_t now)
 {
-	i_free(redis->last_error);
-	redis->last_error = i_strdup(error);
-	if (null_strcmp(redis->logged_error, error) == 0)
-		return;
-	i_free(redis->logged_error);
-	redis->logged_error = i_strdup(error);
+	i_free(outage.error);
+	outage.error = i_strdup(error);
+	outage.logged_msecs = now;
 	e_error(redis->event, "%s", error);
+}
+
+static void outage_add(struct dovetail_redis *redis, const char *error)
+{
+	uint64_t age, now = dovetail_redis_now_msecs();
+
+	if (!redis->failed)
+		outage.count++;
+	redis->failed = TRUE;
+	if (outage.error == NULL) {
+		outage.start_msecs = now;
+		outage_log(redis, error, now);
+		return;
+	}
+	age = now - outage.start_msecs;
+	if (strcmp(outage.error, error) != 0 &&
+	    age >= DOVETAIL_REDIS_OUTAGE_LOG_MSECS &&
+	    age >= (outage.logged_msecs - outage.start_msecs) * 2)
+		outage_log(redis, error, now);
+}
+
+/* Returns TRUE when it was the last connection that did not work. */
+static bool outage_remove(struct dovetail_redis *redis)
+{
+	if (!redis->failed)
+		return FALSE;
+	redis->failed = FALSE;
+	if (--outage.count > 0)
+		return FALSE;
+	i_free(outage.error);
+	return TRUE;
 }
 
 static void dovetail_redis_retry(struct dovetail_redis *redis)
@@ -256,14 +295,16 @@ static void dovetail_redis_retry(struct dovetail_redis *redis)
 }
 
 /* The connection is gone, or could not be made: tell everybody and try again
-   later. The caller holds a reference, and may not touch the connection
-   afterwards. */
+   later. The caller may not touch redis afterwards. */
 static void dovetail_redis_fail(struct dovetail_redis *redis,
 				const char *error)
 {
 	bool was_ready = redis->state == DOVETAIL_REDIS_READY;
 
-	dovetail_redis_log_error(redis, error);
+	redis->refcount++;
+	i_free(redis->last_error);
+	redis->last_error = i_strdup(error);
+	outage_add(redis, error);
 	if (was_ready && dovetail_redis_now_msecs() - redis->ready_msecs >=
 	    DOVETAIL_REDIS_RETRY_MAX_MSECS) {
 		/* it was not just a flicker between failures */
@@ -280,6 +321,44 @@ static void dovetail_redis_fail(struct dovetail_redis *redis,
 	if (was_ready && !redis->deinitialized &&
 	    redis->callbacks.lost != NULL)
 		redis->callbacks.lost(redis->context);
+	dovetail_redis_unref(&redis);
+}
+
+/* ---- timeouts ---- */
+
+static void dovetail_redis_timeout_part(struct dovetail_redis *redis)
+{
+	if (redis->state == DOVETAIL_REDIS_READY && redis->cmds_head == NULL) {
+		/* it owes nothing */
+		timeout_remove(&redis->to);
+		return;
+	}
+	if (++redis->quiet <= DOVETAIL_REDIS_TIMEOUT_PARTS)
+		return;
+	if (redis->state == DOVETAIL_REDIS_CONNECTING) {
+		errno = ETIMEDOUT;
+		dovetail_redis_connect_failed(redis);
+	} else if (redis->state == DOVETAIL_REDIS_GREETING) {
+		dovetail_redis_fail(redis, "The server does not answer");
+	} else {
+		dovetail_redis_fail(redis, t_strdup_printf(
+			"The server did not answer a command within "
+			"%u.%03u secs", redis->timeout_msecs / 1000,
+			redis->timeout_msecs % 1000));
+	}
+}
+
+/* The server owes us something from now on. The timeout runs on when it has
+   paid, so that it costs nothing per command. */
+static void dovetail_redis_timeout_start(struct dovetail_redis *redis)
+{
+	redis->quiet = 0;
+	if (redis->to == NULL) {
+		redis->to = timeout_add_short(
+			I_MAX(redis->timeout_msecs /
+			      DOVETAIL_REDIS_TIMEOUT_PARTS, 1),
+			dovetail_redis_timeout_part, redis);
+	}
 }
 
 /* ---- writing ---- */
@@ -320,18 +399,14 @@ static int dovetail_redis_conn_write(struct dovetail_redis_conn *conn)
 
 static void dovetail_redis_output(struct dovetail_redis *redis)
 {
-	struct dovetail_redis_conn *conn = redis->conn;
 	int ret;
 
-	ret = dovetail_redis_conn_write(conn);
+	ret = dovetail_redis_conn_write(redis->conn);
 	if (ret > 0)
-		io_remove(&conn->io_write);
+		io_remove(&redis->conn->io_write);
 	else if (ret < 0) {
-		const char *error = t_strdup_printf("write() failed: %m");
-
-		redis->refcount++;
-		dovetail_redis_fail(redis, error);
-		dovetail_redis_unref(&redis);
+		dovetail_redis_fail(redis,
+			t_strdup_printf("write() failed: %m"));
 	}
 }
 
@@ -359,74 +434,20 @@ dovetail_redis_send(struct dovetail_redis *redis, unsigned int argc,
 	struct dovetail_redis_cmd *cmd;
 
 	i_assert(argc > 0);
-	dovetail_redis_conn_format(conn, argc, argv, argv_len);
-	if (conn->io_write == NULL) {
-		conn->io_write = io_add(conn->fd, IO_WRITE,
-					dovetail_redis_output, redis);
-	}
-
+	if (redis->cmds_head == NULL)
+		dovetail_redis_timeout_start(redis);
 	cmd = i_new(struct dovetail_redis_cmd, 1);
 	cmd->callback = callback;
 	cmd->context = context;
-	cmd->sent_msecs = dovetail_redis_now_msecs();
 	DLLIST2_APPEND(&redis->cmds_head, &redis->cmds_tail, cmd);
 
-	if (redis->state == DOVETAIL_REDIS_READY && redis->to == NULL)
-		dovetail_redis_set_timeout(redis);
-}
-
-/* ---- timeouts ---- */
-
-static void dovetail_redis_attempt_timeout(struct dovetail_redis *redis)
-{
-	const char *error = redis->state == DOVETAIL_REDIS_CONNECTING ?
-		"connect() timed out" : "The server does not answer";
-
-	redis->refcount++;
-	dovetail_redis_fail(redis, error);
-	dovetail_redis_unref(&redis);
-}
-
-static void dovetail_redis_command_timeout(struct dovetail_redis *redis)
-{
-	const struct dovetail_redis_cmd *cmd = redis->cmds_head;
-
-	timeout_remove(&redis->to);
-	if (cmd == NULL || cmd != redis->overdue ||
-	    dovetail_redis_now_msecs() - cmd->sent_msecs <
-			redis->timeout_msecs) {
-		/* all is well, or a last chance */
-		dovetail_redis_set_timeout(redis);
-		return;
+	dovetail_redis_conn_format(conn, argc, argv, argv_len);
+	/* An error shows again, and is handled, when the ioloop runs: the
+	   caller does not expect its callbacks here. */
+	if (conn->io_write == NULL && dovetail_redis_conn_write(conn) <= 0) {
+		conn->io_write = io_add(conn->fd, IO_WRITE,
+					dovetail_redis_output, redis);
 	}
-	redis->refcount++;
-	dovetail_redis_fail(redis, t_strdup_printf(
-		"The server did not answer a command within %u.%03u secs",
-		redis->timeout_msecs / 1000, redis->timeout_msecs % 1000));
-	dovetail_redis_unref(&redis);
-}
-
-/* Wait for the oldest command. The timeout runs on when that is answered; it
-   is looked at again when it fires, so that it costs nothing per command. */
-static void dovetail_redis_set_timeout(struct dovetail_redis *redis)
-{
-	const struct dovetail_redis_cmd *cmd = redis->cmds_head;
-	uint64_t age;
-	unsigned int msecs;
-
-	i_assert(redis->to == NULL);
-
-	redis->overdue = NULL;
-	if (redis->timeout_msecs == 0 || cmd == NULL)
-		return;
-	age = dovetail_redis_now_msecs() - cmd->sent_msecs;
-	if (age < redis->timeout_msecs)
-		msecs = redis->timeout_msecs - age;
-	else {
-		redis->overdue = cmd;
-		msecs = DOVETAIL_REDIS_GRACE_MSECS;
-	}
-	redis->to = timeout_add(msecs, dovetail_redis_command_timeout, redis);
 }
 
 /* ---- reading ---- */
@@ -454,8 +475,6 @@ dovetail_redis_handle_reply(struct dovetail_redis *redis, redisReply *reply,
 		return FALSE;
 	}
 	DLLIST2_REMOVE(&redis->cmds_head, &redis->cmds_tail, cmd);
-	if (redis->overdue == cmd)
-		redis->overdue = NULL;
 	callback = cmd->callback;
 	context = cmd->context;
 	i_free(cmd);
@@ -531,6 +550,7 @@ dovetail_redis_read(struct dovetail_redis *redis,
 				conn->reader->errstr);
 			return FALSE;
 		}
+		redis->quiet = 0;
 		conn->reply_size += ret;
 		total += ret;
 		if (!dovetail_redis_handle_replies(redis, conn, error_r))
@@ -548,7 +568,6 @@ static void dovetail_redis_input(struct dovetail_redis *redis)
 	struct dovetail_redis_conn *conn = redis->conn;
 	const char *error;
 
-	redis->refcount++;
 	conn->refcount++;
 	if (!dovetail_redis_read(redis, conn, &error) && error != NULL) {
 		/* if fd is -1, a callback was faster */
@@ -556,7 +575,6 @@ static void dovetail_redis_input(struct dovetail_redis *redis)
 			dovetail_redis_fail(redis, error);
 	}
 	dovetail_redis_conn_unref(&conn);
-	dovetail_redis_unref(&redis);
 }
 
 /* ---- connecting ---- */
@@ -569,10 +587,8 @@ static void dovetail_redis_set_ready(struct dovetail_redis *redis)
 	if (redis->conn->out->used == 0)
 		dovetail_redis_conn_wipe_output(redis->conn);
 	i_free(redis->last_error);
-	if (redis->logged_error != NULL) {
+	if (outage_remove(redis))
 		e_info(redis->event, "Connected");
-		i_free(redis->logged_error);
-	}
 	if (redis->callbacks.ready != NULL)
 		redis->callbacks.ready(redis->context);
 }
@@ -684,14 +700,6 @@ static void dovetail_redis_handshake(struct dovetail_redis *redis)
 	dovetail_redis_handshake_send(redis, dovetail_redis_ping_reply, ping);
 }
 
-static void
-dovetail_redis_connect_failed(struct dovetail_redis *redis, const char *error)
-{
-	redis->refcount++;
-	dovetail_redis_fail(redis, error);
-	dovetail_redis_unref(&redis);
-}
-
 static void dovetail_redis_set_sockopts(int fd)
 {
 	int on = 1;
@@ -733,54 +741,59 @@ static int dovetail_redis_connect_next_ip(struct dovetail_redis *redis)
 	return fd;
 }
 
-static void dovetail_redis_connected(struct dovetail_redis *redis)
+/* As errno says. Perhaps it works with another address. */
+static void dovetail_redis_connect_failed(struct dovetail_redis *redis)
 {
 	struct dovetail_redis_conn *conn = redis->conn;
 	int fd;
 
-	errno = net_geterror(conn->fd);
-	if (errno == 0) {
-		io_remove(&conn->io_write);
-		conn->io_read = io_add(conn->fd, IO_READ,
-				       dovetail_redis_input, redis);
-		dovetail_redis_handshake(redis);
-		return;
-	}
 	if (redis->ip_idx < redis->ips_count) {
 		io_remove(&conn->io_write);
 		i_close_fd(&conn->fd);
 		fd = dovetail_redis_connect_next_ip(redis);
 		if (fd != -1) {
-			conn->fd = fd;
-			conn->io_write = io_add(fd, IO_WRITE,
-						dovetail_redis_connected,
-						redis);
+			dovetail_redis_connect_wait(redis, fd);
 			return;
 		}
 	}
-	dovetail_redis_connect_failed(redis, t_strdup_printf(
-		"connect() failed: %m"));
+	dovetail_redis_fail(redis, t_strdup_printf("connect() failed: %m"));
+}
+
+static void dovetail_redis_connected(struct dovetail_redis *redis)
+{
+	struct dovetail_redis_conn *conn = redis->conn;
+
+	errno = net_geterror(conn->fd);
+	if (errno != 0) {
+		dovetail_redis_connect_failed(redis);
+		return;
+	}
+	io_remove(&conn->io_write);
+	conn->io_read = io_add(conn->fd, IO_READ, dovetail_redis_input, redis);
+	dovetail_redis_handshake(redis);
+}
+
+static void dovetail_redis_connect_wait(struct dovetail_redis *redis, int fd)
+{
+	redis->conn->fd = fd;
+	redis->conn->io_write = io_add(fd, IO_WRITE, dovetail_redis_connected,
+				       redis);
+	dovetail_redis_timeout_start(redis);
 }
 
 static void dovetail_redis_connect_start(struct dovetail_redis *redis, int fd)
 {
 	struct dovetail_redis_conn *conn;
-	unsigned int msecs = redis->timeout_msecs;
 
 	conn = i_new(struct dovetail_redis_conn, 1);
 	conn->refcount = 1;
-	conn->fd = fd;
 	conn->reader = redisReaderCreate();
 	if (conn->reader == NULL)
 		i_fatal_status(FATAL_OUTOFMEM, "redisReaderCreate() failed");
 	conn->out = buffer_create_dynamic(default_pool, 1024);
-	conn->io_write = io_add(fd, IO_WRITE, dovetail_redis_connected, redis);
 	redis->conn = conn;
-
 	dovetail_redis_set_state(redis, DOVETAIL_REDIS_CONNECTING);
-	if (msecs == 0)
-		msecs = DOVETAIL_REDIS_CONNECT_TIMEOUT_MSECS;
-	redis->to = timeout_add(msecs, dovetail_redis_attempt_timeout, redis);
+	dovetail_redis_connect_wait(redis, fd);
 }
 
 static void dovetail_redis_connect(struct dovetail_redis *redis)
@@ -800,7 +813,7 @@ static void dovetail_redis_connect(struct dovetail_redis *redis)
 					&redis->ips_count);
 		if (ret != 0) {
 			redis->ips_count = 0;
-			dovetail_redis_connect_failed(redis, t_strdup_printf(
+			dovetail_redis_fail(redis, t_strdup_printf(
 				"Host lookup failed: %s",
 				net_gethosterror(ret)));
 			return;
@@ -810,8 +823,8 @@ static void dovetail_redis_connect(struct dovetail_redis *redis)
 		fd = dovetail_redis_connect_next_ip(redis);
 	}
 	if (fd == -1) {
-		dovetail_redis_connect_failed(redis, t_strdup_printf(
-			"connect() failed: %m"));
+		dovetail_redis_fail(redis,
+			t_strdup_printf("connect() failed: %m"));
 		return;
 	}
 	dovetail_redis_connect_start(redis, fd);
@@ -867,6 +880,7 @@ void dovetail_redis_deinit(struct dovetail_redis **_redis)
 
 	i_assert(!redis->deinitialized);
 	redis->deinitialized = TRUE;
+	(void)outage_remove(redis);
 	dovetail_redis_close(redis);
 	dovetail_redis_set_state(redis, DOVETAIL_REDIS_WAITING);
 	dovetail_redis_call_lost(redis);
@@ -917,14 +931,4 @@ void dovetail_redis_commandl(struct dovetail_redis *redis,
 	}
 	va_end(args);
 	dovetail_redis_command(redis, argc, argv, argv_len, callback, context);
-}
-
-void dovetail_redis_flush(struct dovetail_redis *redis)
-{
-	if (redis->state != DOVETAIL_REDIS_READY)
-		return;
-	/* An error is found again, and handled, when the ioloop runs: the
-	   caller does not expect its callbacks here. */
-	if (dovetail_redis_conn_write(redis->conn) > 0)
-		io_remove(&redis->conn->io_write);
 }

@@ -44,11 +44,13 @@ struct dovetail_redis_callbacks {
 };
 
 /* Starts connecting at once; retries after 50 ms, doubling to 2 s until a
-   connection has lasted. No callback is called before the ioloop runs. Each failure's
-   reason is logged once with event as error, until it changes or a connection works.
-   A connection attempt, and any command without an answer, is given up after
-   timeout_msecs. 0: commands never (for connections that block in XREAD),
-   connection attempts after 10 s.
+   connection has lasted. No callback is called before the ioloop runs.
+   An outage is logged with event: as error when it begins, once for all
+   connections of the process, and again when its reason is another one and it
+   lasts; as info when all of them work again.
+   An address that does not let us connect, and a connection on which nothing
+   comes while a command waits for its answer, are given up after timeout_msecs.
+   Time in which the ioloop did not run does not count.
    password may be NULL; kept in memory of our own, wiped at the end. */
 struct dovetail_redis *
 dovetail_redis_init(struct event *event, const struct dovetail_redis_url *url,
@@ -71,7 +73,9 @@ time_t dovetail_redis_state_since(const struct dovetail_redis *redis);
 typedef void dovetail_redis_callback_t(struct redisReply *reply, void *context);
 
 /* Send one command, binary-safe. callback may be NULL. When not ready, the
-   callback is called at once with a NULL reply. The bytes leave when the ioloop runs. */
+   callback is called at once with a NULL reply. Written at once as far as the
+   socket takes it; calls no callback then: an error shows when the ioloop
+   runs. */
 void dovetail_redis_command(struct dovetail_redis *redis, unsigned int argc,
 			    const char *const *argv, const size_t *argv_len,
 			    dovetail_redis_callback_t *callback, void *context);
@@ -79,8 +83,5 @@ void dovetail_redis_command(struct dovetail_redis *redis, unsigned int argc,
 void dovetail_redis_commandl(struct dovetail_redis *redis,
 			     dovetail_redis_callback_t *callback, void *context,
 			     const char *arg, ...) ATTR_SENTINEL;
-/* Try to write out now what waits to be sent, without running the ioloop and
-   without blocking. Calls no callback: an error shows when the ioloop runs. */
-void dovetail_redis_flush(struct dovetail_redis *redis);
 
 #endif
