@@ -335,6 +335,8 @@ static void acks_last_reply(struct redisReply *reply, void *context)
 
 static void acks_check_end(struct dovetail_queue *queue)
 {
+	/* its answer makes us read, and two readers are one too many */
+	queue->acks_retry = FALSE;
 	dovetail_redis_commandl(queue->acks_redis, acks_last_reply, queue,
 				"XREVRANGE", queue->acks_key, "+", "-",
 				"COUNT", "1", NULL);

@@ -513,7 +513,7 @@ static void group_send(struct dovetail_queue_group *group)
 	group->chain = log->sent;
 	group->time_usecs = head.time_usecs;
 	group->entry_size = queue->entry_buf->used;
-	group->sent = ioloop_timeval;
+	group->ticks = 0;
 	log->last_append = ioloop_time;
 
 	if (dovetail_queue_state_write(&log->state_file, &log->sent,
@@ -594,6 +594,19 @@ static bool log_sync_last_is(const struct dovetail_queue_log *log,
 		dovetail_queue_id_cmp(&log->sync.end_id, &id) <= 0 &&
 		memcmp(log->sync.last_hash, chain->hash,
 		       DOVETAIL_HASH_SIZE) == 0;
+}
+
+/* Redis has what we know that it has. */
+static bool log_sync_is_known(const struct dovetail_queue_log *log)
+{
+	struct dovetail_queue_id id = chain_id(&log->stored);
+
+	if (id.generation == 0 || id.seq != 0)
+		return log_sync_last_is(log, &log->stored);
+	/* nothing of the generation was sent: all there may be is older */
+	return dovetail_queue_id_cmp(&log->sync.end_id, &id) < 0 &&
+		(!log->sync.have_last ||
+		 dovetail_queue_id_cmp(&log->sync.last_id, &id) < 0);
 }
 
 static void log_new_generation(struct dovetail_queue_log *log)
@@ -689,7 +702,7 @@ static void log_synced(struct dovetail_queue_log *log)
 		group_stored(group);
 		group = NULL;
 	}
-	as_known = log_sync_last_is(log, &log->stored);
+	as_known = log_sync_is_known(log);
 	if (group != NULL) {
 		/* Sent, and it did not arrive, or not yet. Its ID must stay
 		   behind, so that it cannot arrive later. */
@@ -702,7 +715,7 @@ static void log_synced(struct dovetail_queue_log *log)
 		log_sync_surprise(log);
 		log_new_generation(log);
 	}
-	if (!as_known || !log->synced_once)
+	if (!as_known || !log->synced_once || log->stored.seq == 0)
 		log_backlog_rebuild(log);
 
 	log->synced_once = TRUE;
@@ -931,9 +944,9 @@ static void log_check_stalled(struct dovetail_queue_log *log)
 	unsigned int msecs = I_MAX(log->queue->set.ack_timeout_msecs,
 				   DOVETAIL_QUEUE_GRACE_MSECS);
 
+	/* not the clock: if we were busy or stopped, the answer is there */
 	if (log->stalled || log->inflight == NULL ||
-	    timeval_diff_msecs(&ioloop_timeval, &log->inflight->sent) <
-	    (int)msecs)
+	    ++log->inflight->ticks <= msecs / DOVETAIL_QUEUE_TICK_MSECS)
 		return;
 	log->stalled = TRUE;
 	e_error(log->event, "Redis has not answered for %u ms: "

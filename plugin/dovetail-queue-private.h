@@ -128,7 +128,7 @@ struct dovetail_queue_group {
 	struct timeval created;
 
 	/* sent: */
-	struct timeval sent;
+	unsigned int ticks;
 	struct dovetail_chain chain;
 	uint64_t time_usecs;
 	size_t entry_size;

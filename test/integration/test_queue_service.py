@@ -533,6 +533,25 @@ def test_redis_restarts(node):
     assert chained(node.entries(shard)) == 2
 
 
+def test_redis_restarts_without_a_word(make_node):
+    """One line when Redis goes, one when it is back, whatever the number of
+    connections; and nothing about logs in which nothing ever stood."""
+    node = make_node(dovetail_shards="8")
+    for n in range(1, 3):
+        node.redis.stop()
+        with node.client() as client:
+            wait_for(lambda: client.check()[0] == UNAVAILABLE, "the loss")
+            node.redis.wipe()
+            node.redis.start()
+            wait_for(node.ready, "the queue to be ready")
+            wait_for(lambda: node.log_text().count("Info: redis(") == n,
+                     "both connections")
+    lines = [line for line in node.log_text().splitlines()
+             if "dovetail-queue" in line]
+    assert [re.search("(Error|Info|Warning): redis", line)[1]
+            for line in lines] == ["Error", "Info"] * 2
+
+
 def test_redis_restarts_quickly(node):
     """Nobody notices, if it takes less than a second."""
     shard = shard_of("alice")
