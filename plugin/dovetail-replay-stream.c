@@ -908,7 +908,8 @@ static void report_field(buffer_t *buf, const char *key, const char *value)
 
 static void stream_report(buffer_t *buf, const struct replay_stream *stream)
 {
-	const char *error = dovetail_redis_last_error(streams.reader);
+	const char *error = dovetail_redis_is_ready(streams.reader) ? NULL :
+		dovetail_redis_last_error(streams.reader);
 	string_t *reasons = t_str_new(64);
 	unsigned int i;
 
@@ -928,6 +929,8 @@ static void stream_report(buffer_t *buf, const struct replay_stream *stream)
 	report_field(buf, "peer", stream->origin);
 	report_field(buf, "shard", t_strdup_printf("%u", stream->shard));
 	report_field(buf, "connection", error != NULL ? error :
+		!dovetail_redis_is_ready(streams.reader) ?
+		"connecting to Redis" :
 		stream->no_stream ? "not a stream in Redis" :
 		stream->newer ? "waiting at an entry of a newer format" : "ok");
 	report_field(buf, "position", t_strdup_printf("%"PRIu64"-%"PRIu64,

@@ -466,6 +466,21 @@ def test_status_of_a_node(running, formatter):
         assert out.startswith("node: a\n")
 
 
+def test_status_before_redis_was_reached(new_cluster):
+    cluster = new_cluster()
+    cluster.b.stop()
+    cluster.redis.pause()
+    cluster.expect_errors("(?i)redis")
+    cluster.b.start()
+
+    def connections():
+        found = {row["connection"] for row in ask(cluster.b, "status")}
+        return not any("worker" in text for text in found) and found
+    found = wait_for(connections, "the workers")
+    cluster.redis.resume()
+    assert found == {"connecting to Redis"}
+
+
 def test_status_is_not_for_everybody(running):
     done = subprocess.run(
         [DOVEADM, "-c", running.a.conf, "dovetail", "status"],
