@@ -50,7 +50,6 @@ struct dovetail_queue_client {
 	bool late;
 	/* the last change did not get through, and the log says so */
 	bool trouble;
-	char *batch_error;
 };
 
 static struct dovetail_queue_client *queue_clients = NULL;
@@ -65,18 +64,15 @@ uint64_t dovetail_monotonic_usecs(void)
 }
 
 static void
-queue_batch_answered(struct dovetail_queue_client *client,
-		     struct dovetail_queue_batch *batch,
+queue_batch_answered(struct dovetail_queue_batch *batch,
 		     enum dovetail_reply reply, const char *error)
 {
 	i_assert(batch->outstanding > 0);
 	batch->outstanding--;
 	if (reply == DOVETAIL_REPLY_OK || batch->reply != DOVETAIL_REPLY_OK)
 		return;
-	i_free(client->batch_error);
-	client->batch_error = i_strdup(error);
 	batch->reply = reply;
-	batch->error = client->batch_error;
+	(void)i_snprintf(batch->error, sizeof(batch->error), "%s", error);
 }
 
 static void queue_client_disconnect(struct dovetail_queue_client *client,
@@ -98,7 +94,7 @@ static void queue_client_disconnect(struct dovetail_queue_client *client,
 	iter = hash_table_iterate_init(client->waiters);
 	while (hash_table_iterate(iter, client->waiters, &key, &waiter)) {
 		if (waiter->batch != NULL) {
-			queue_batch_answered(client, waiter->batch,
+			queue_batch_answered(waiter->batch,
 				DOVETAIL_REPLY_UNAVAILABLE, reason);
 		} else if (waiter->answered != NULL) {
 			waiter->answered(NULL, waiter->context);
@@ -185,7 +181,6 @@ void dovetail_queue_client_unref(struct dovetail_queue_client **_client)
 	buffer_free(&client->in);
 	buffer_free(&client->out);
 	event_unref(&client->event);
-	i_free(client->batch_error);
 	i_free(client->path);
 	i_free(client);
 }
@@ -234,7 +229,7 @@ static void queue_client_input_frame(struct dovetail_queue_client *client,
 		const char *text =
 			dovetail_wire_get_str(&r, pool_datastack_create());
 
-		queue_batch_answered(client, waiter->batch,
+		queue_batch_answered(waiter->batch,
 			answer->type != DOVETAIL_FRAME_REPLY || r.failed ?
 			DOVETAIL_REPLY_UNAVAILABLE : reply, text);
 	} else if (waiter->answered != NULL) {

@@ -23,9 +23,8 @@ struct dovetail_queue_batch {
 	/* the first answer that was not OK; the connection's loss counts as
 	   UNAVAILABLE */
 	enum dovetail_reply reply;
-	/* its text, data of the client's pool: valid until the next change is
-	   sent */
-	const char *error;
+	/* its text, cut off if need be */
+	char error[256];
 };
 
 /* Returns the process' client for path, made now if there is none. Each get
