@@ -124,7 +124,9 @@ acks_handle_ack(struct dovetail_queue *queue, struct dovetail_queue_peer *peer,
 			sent.generation, sent.seq));
 		return;
 	}
-	ps->report_usecs = head->time_usecs;
+	/* A clock that was ahead and is right again must not silence the
+	   replica until the time has come. */
+	ps->report_usecs = I_MIN(head->time_usecs, dovetail_queue_now_usecs());
 	ps->received = peer->received = ioloop_time;
 	ps->entries = ack->entries;
 	ps->rejected = ack->rejected;

@@ -23,12 +23,17 @@
 #define CONN_OUTPUT_MAX_BYTES (4 * 1024 * 1024)
 /* how many users a worker has at a time */
 #define CONN_WORK_MAX 4
-/* users of a connection; a mail process marks few at a time */
+/* users of a connection; a mail process marks few at a time, and who may not
+   speak for all has no business with many */
 #define CONN_USERS_MAX 65536
+#define CONN_USERS_MAX_UNTRUSTED 64
+#define CONN_USERNAME_MAX_LEN 1024
 #define REPORT_ROWS_MAX 8192
 #define REPORT_FIELDS_MAX 64
 /* a user that closes a connection is often about to open the next one */
 #define CONN_END_SWEEP_MSECS 1000
+/* so long others wait for one that has sent half a frame */
+#define CONN_INPUT_FIRST_SECS 5
 
 /* A user this connection spoke of. */
 struct conn_user {
@@ -162,8 +167,10 @@ static bool conn_input_must_wait(struct dovetail_queue_conn *conn)
 	}
 	if (queue->input_bytes <= DOVETAIL_QUEUE_INPUT_MAX_BYTES)
 		return FALSE;
-	if (queue->input_first == NULL)
+	if (queue->input_first == NULL) {
 		queue->input_first = conn;
+		queue->input_first_since = ioloop_time;
+	}
 	return queue->input_first != conn;
 }
 
@@ -287,7 +294,8 @@ conn_user_get(struct dovetail_queue_conn *conn, const char *name)
 	cu = conn_user_find(conn, name);
 	if (cu != NULL)
 		return cu;
-	if (conn->users_count >= CONN_USERS_MAX)
+	if (conn->users_count >= (conn->trusted ? CONN_USERS_MAX :
+				  CONN_USERS_MAX_UNTRUSTED))
 		return NULL;
 	cu = i_new(struct conn_user, 1);
 	cu->user = dovetail_queue_user_get(conn->queue, name);
@@ -317,7 +325,8 @@ conn_user_put(struct dovetail_queue_conn *conn, struct conn_user *cu)
 static int get_user(struct dovetail_wire_reader *r, const char **name_r)
 {
 	*name_r = dovetail_wire_get_str(r, pool_datastack_create());
-	return r->failed || **name_r == '\0' ? -1 : 0;
+	return r->failed || **name_r == '\0' ||
+		strlen(*name_r) > CONN_USERNAME_MAX_LEN ? -1 : 0;
 }
 
 static int conn_handle_mark(struct dovetail_queue_conn *conn,
@@ -331,7 +340,7 @@ static int conn_handle_mark(struct dovetail_queue_conn *conn,
 	cu = conn_user_get(conn, name);
 	if (cu == NULL) {
 		e_error(conn->event, "Client marked more than %u users",
-			CONN_USERS_MAX);
+			conn->users_count);
 		return -1;
 	}
 	if (!cu->refused && !cu->marked) {
@@ -493,6 +502,11 @@ static int conn_handle_change(struct dovetail_queue_conn *conn,
 			   "The change is of no user");
 		return 0;
 	}
+	if (strlen(change.user) > CONN_USERNAME_MAX_LEN) {
+		conn_reply(conn, tag, DOVETAIL_REPLY_REFUSED,
+			   "The user's name is too long");
+		return 0;
+	}
 	if (of_shard && change.u.shard.shard >= conn->queue->logs_count) {
 		conn_reply(conn, tag, DOVETAIL_REPLY_REFUSED,
 			   "There is no such shard");
@@ -513,9 +527,9 @@ static int conn_handle_change(struct dovetail_queue_conn *conn,
 	waiter->user->waiters++;
 	waiter->tag = tag;
 	waiter->level = level;
-	waiter->frame_size = size;
+	waiter->frame_size = sizeof(*waiter) + size;
 	waiter->sweep = change.kind != DOVETAIL_CHANGE_REQUEST && !of_shard;
-	conn->waiting_bytes += size;
+	conn->waiting_bytes += waiter->frame_size;
 	DLLIST_PREPEND_FULL(&conn->waiters, waiter, conn_prev, conn_next);
 
 	conn_queue_change(conn, of_shard ? change.u.shard.shard :
@@ -948,11 +962,28 @@ static int conn_output(struct dovetail_queue_conn *conn)
 	int ret;
 
 	ret = o_stream_flush(conn->output);
+	if (ret < 0) {
+		/* reading would not tell, if the client is halted */
+		conn_destroy(conn);
+		return 1;
+	}
 	if (ret > 0 && conn->halted) {
 		conn->queue->resume = TRUE;
 		conns_resume(conn->queue);
 	}
 	return ret;
+}
+
+void dovetail_queue_conns_tick(struct dovetail_queue *queue)
+{
+	struct dovetail_queue_conn *conn = queue->input_first;
+
+	if (conn == NULL || conn->halted ||
+	    ioloop_time - queue->input_first_since < CONN_INPUT_FIRST_SECS)
+		return;
+	e_error(conn->event, "Client does not send the rest of what it began, "
+		"and others wait for that: Disconnecting");
+	conn_destroy(conn);
 }
 
 void dovetail_queue_conns_flush(struct dovetail_queue *queue)

@@ -277,6 +277,7 @@ struct dovetail_queue {
 	size_t pending_bytes, input_bytes;
 	/* too many half frames: the one that may go on */
 	struct dovetail_queue_conn *input_first;
+	time_t input_first_since;
 	/* connections that are not read now */
 	unsigned int halted_count;
 	/* they may be read again perhaps */
@@ -374,6 +375,7 @@ void dovetail_queue_conn_create(struct dovetail_queue *queue, int fd,
 				uid_t trusted_uid);
 /* The queue has started: read from those who connected before. */
 void dovetail_queue_conns_start(struct dovetail_queue *queue);
+void dovetail_queue_conns_tick(struct dovetail_queue *queue);
 void dovetail_queue_conns_deinit(struct dovetail_queue *queue);
 /* Answer a waiter and free it. The caller has taken it out of its list. */
 void dovetail_queue_waiter_answer(struct dovetail_queue_waiter **waiter,

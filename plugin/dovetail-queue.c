@@ -140,6 +140,7 @@ static void queue_tick(struct dovetail_queue *q)
 	} T_END;
 	dovetail_queue_acks_tick(q);
 	dovetail_queue_users_tick(q);
+	dovetail_queue_conns_tick(q);
 	dovetail_queue_conns_flush(q);
 }
 

@@ -333,13 +333,14 @@ def snapshot(end, user="alice", guid=GUID, index_id=5):
                            to=(index_id, 1, end))[0]
 
 
-def report(node, shard, where, failed=(), sealer=B, **kw):
+def report(node, shard, where, failed=(), sealer=B, ahead=0, **kw):
     """b's replica reports that it is at an ID of a shard's stream."""
     generation, seq = map(int, where.split("-"))
     payload = vectors.ack(generation, seq, int(time.time() * 1e6),
                           failed=failed, **kw)[0]
     entry = vectors.Entry(sealer, [A], payload, kind=2, shard=shard, shards=2,
-                          generation=0, seq=0, time=int(time.time() * 1e6))
+                          generation=0, seq=0,
+                          time=int((time.time() + ahead) * 1e6))
     redis_do(node.redis, "XADD", "dovetail:ack:a", "*", "e", entry.bytes)
 
 
@@ -845,6 +846,18 @@ def test_false_reports(node):
         assert len(node.entries(shard)) >= 1
 
 
+def test_clock_of_a_replica_was_ahead(node):
+    shard = shard_of("alice")
+    with node.client() as client:
+        for i in range(1, 4):
+            assert client.change(delta(i, i + 1)) == OK
+        entries = node.entries(shard)
+        for n, ahead in enumerate((0, 3600, 0)):
+            report(node, shard, entries[n][0], ahead=ahead)
+            wait_for(lambda: client.status()["to"]["position"].split()[
+                shard] == entries[n][0], "report %d" % n)
+
+
 def test_full_queue(make_node):
     node = make_node(dovetail_queue_max_size="16M")
     shard = shard_of("alice")
@@ -1019,6 +1032,44 @@ def test_reports_of_workers(node):
     with node.client() as client:
         wait_for(lambda: client.status()["from"]["connection"] ==
                  "no replay worker", "the workers to be forgotten")
+
+
+# ---- clients that do not behave ----
+
+def test_deaf_client_ends(node):
+    """It reads no answers until nobody reads it any more. Its end is noticed
+    all the same."""
+    with node.worker() as worker:
+        with node.client() as client:
+            client.send(MARK, bstr("alice"))
+            while select.select([], [client.sock], [], 0.5)[1]:
+                client.sock.send(frame(STATUS_GET, num(1)) * 100)
+            assert worker.work(0) is None
+        assert worker.work() == "alice"
+
+
+def test_half_frames(node):
+    """Who does not end what it began does not hold up the others for long."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(5):
+            s = stack.enter_context(socket.socket(socket.AF_UNIX))
+            s.settimeout(0.5)
+            s.connect(node.socket)
+            with contextlib.suppress(socket.timeout):
+                s.sendall(struct.pack(">IB", 4 << 20, CHANGE) +
+                          bytes(4000000))
+        with node.client() as client:
+            assert client.change(delta(1, 2, body=b"x" * 4000000)) == OK
+    assert "others wait for that" in node.log_text()
+
+
+def test_long_names(node):
+    with node.client() as client:
+        assert client.change(delta(1, 2, user="x" * 1024)) == OK
+        assert client.change(delta(1, 2, user="x" * 1025)) == REFUSED
+        client.send(MARK, bstr("x" * 1025))
+        with pytest.raises((EOFError, ConnectionError)):
+            client.read()
 
 
 # ---- memory ----
