@@ -5,9 +5,7 @@
 #include "str.h"
 #include "istream.h"
 #include "eacces-error.h"
-#include "fdatasync-path.h"
 #include "mkdir-parents.h"
-#include "safe-mkstemp.h"
 #include "write-full.h"
 #include "dovetail-keyring.h"
 #include "dovetail-seal.h"
@@ -15,6 +13,7 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <unistd.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 
 #define SECRET_MAGIC "dovetail-secret-1"
@@ -142,51 +141,61 @@ line_parse(const char *line, const char *magic, const char *node,
 
 /* ---- making keys ---- */
 
-/* Write data to a new file beside path, on disk when this returns.
-   Returns 0 and its name in temp_path_r, or -1. */
+static const char *temp_path(const char *path)
+{
+	return t_strconcat(path, ".tmp", NULL);
+}
+
+/* Write data to a new file beside path, on disk when this returns. What an
+   earlier try left there is replaced. */
 static int
 temp_write(const char *path, mode_t mode, const void *data, size_t size,
-	   const char **temp_path_r, const char **error_r)
+	   const char **error_r)
 {
-	string_t *temp_path = t_str_new(128);
+	const char *temp = temp_path(path);
 	int fd;
 
-	str_printfa(temp_path, "%s.tmp.", path);
-	fd = safe_mkstemp(temp_path, mode, (uid_t)-1, (gid_t)-1);
+	i_unlink_if_exists(temp);
+	fd = open(temp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, mode);
 	if (fd == -1) {
 		*error_r = errno == EACCES ?
 			eacces_error_get_creating("open", path) :
 			t_strdup_printf("Cannot create %s: %m", path);
 		return -1;
 	}
-	if (write_full(fd, data, size) < 0 || fsync(fd) < 0) {
-		*error_r = t_strdup_printf("write(%s) failed: %m",
-					   str_c(temp_path));
+	/* whatever the umask is */
+	if (write_full(fd, data, size) < 0 || fchmod(fd, mode) < 0 ||
+	    fsync(fd) < 0) {
+		*error_r = t_strdup_printf("write(%s) failed: %m", temp);
 		i_close_fd(&fd);
-		i_unlink(str_c(temp_path));
 		return -1;
 	}
 	if (close(fd) < 0) {
-		*error_r = t_strdup_printf("close(%s) failed: %m",
-					   str_c(temp_path));
-		i_unlink(str_c(temp_path));
+		*error_r = t_strdup_printf("close(%s) failed: %m", temp);
 		return -1;
 	}
-	*temp_path_r = str_c(temp_path);
 	return 0;
+}
+
+static int temp_commit(const char *path, const char **error_r)
+{
+	if (rename(temp_path(path), path) == 0)
+		return 0;
+	*error_r = t_strdup_printf("rename(%s, %s) failed: %m",
+				   temp_path(path), path);
+	return -1;
 }
 
 static int
 secret_write(const char *path, const char *node,
-	     const unsigned char seed[KEY_SIZE],
-	     const char **temp_path_r, const char **error_r)
+	     const unsigned char seed[KEY_SIZE], const char **error_r)
 {
 	char line[LINE_MAX_SIZE + 1];
 	int ret;
 
 	line_write(line, SECRET_MAGIC, node, seed);
 	i_strocpy(line + strlen(line), "\n", 2);
-	ret = temp_write(path, 0600, line, strlen(line), temp_path_r, error_r);
+	ret = temp_write(path, 0600, line, strlen(line), error_r);
 	sodium_memzero(line, sizeof(line));
 	return ret;
 }
@@ -209,8 +218,7 @@ static int file_append(buffer_t *dest, const char *path, const char **error_r)
 
 /* The new line goes in front of what the file has. */
 static int
-public_write(const char *path, const char *line,
-	     const char **temp_path_r, const char **error_r)
+public_write(const char *path, const char *line, const char **error_r)
 {
 	string_t *text = t_str_new(512);
 
@@ -218,110 +226,93 @@ public_write(const char *path, const char *line,
 	if (access(path, F_OK) == 0 &&
 	    file_append(text, path, error_r) < 0)
 		return -1;
-	return temp_write(path, 0644, str_data(text), str_len(text),
-			  temp_path_r, error_r);
-}
-
-/* A new pair: link() fails, unlike rename(), when somebody was faster. */
-static int
-keygen_commit_new(const char *key, const char *key_temp, const char *pub,
-		  const char *pub_temp, const char **error_r)
-{
-	if (link(key_temp, key) < 0) {
-		*error_r = t_strdup_printf("link(%s, %s) failed: %m",
-					   key_temp, key);
-		return -1;
-	}
-	if (rename(pub_temp, pub) < 0) {
-		*error_r = t_strdup_printf("rename(%s, %s) failed: %m",
-					   pub_temp, pub);
-		i_unlink(key);
-		return -1;
-	}
-	i_unlink(key_temp);
-	return 0;
+	return temp_write(path, 0644, str_data(text), str_len(text), error_r);
 }
 
 /* The public file goes first: a crash in between leaves the old secret key,
    whose public line is still there. */
 static int
-keygen_commit_replace(const char *key, const char *key_temp, const char *pub,
-		      const char *pub_temp, const char **error_r)
+keygen_commit(const char *key, const char *pub, bool exists,
+	      const char **error_r)
 {
 	const char *old = t_strconcat(key, ".old", NULL);
 
-	if ((unlink(old) < 0 && errno != ENOENT) || link(key, old) < 0) {
+	if (exists && ((unlink(old) < 0 && errno != ENOENT) ||
+		       link(key, old) < 0)) {
 		*error_r = t_strdup_printf("Cannot keep %s as %s: %m",
 					   key, old);
 		return -1;
 	}
-	if (rename(pub_temp, pub) < 0) {
-		*error_r = t_strdup_printf("rename(%s, %s) failed: %m",
-					   pub_temp, pub);
+	if (temp_commit(pub, error_r) < 0)
 		return -1;
-	}
-	if (rename(key_temp, key) < 0) {
-		*error_r = t_strdup_printf("rename(%s, %s) failed: %m",
-					   key_temp, key);
-		return -1;
-	}
-	return 0;
+	return temp_commit(key, error_r);
 }
 
-int dovetail_keygen(const char *dir, const char *node, bool replace,
-		    const char **line_r, const char **error_r)
+/* Nobody else makes keys in dir now. */
+static int
+keygen_locked(const char *dir, const char *node, bool replace,
+	      char line[LINE_MAX_SIZE], const char **error_r)
 {
+	const char *key = key_path(dir, node), *pub = pub_path(dir, node);
 	unsigned char seed[KEY_SIZE];
 	unsigned char pk[crypto_sign_PUBLICKEYBYTES];
 	unsigned char sk[crypto_sign_SECRETKEYBYTES];
-	char line[LINE_MAX_SIZE];
-	const char *key, *pub, *key_temp, *pub_temp;
-	bool exists;
+	bool exists = access(key, F_OK) == 0;
 	int ret;
 
-	if (keyring_sodium_init(error_r) < 0 ||
-	    node_name_check(node, error_r) < 0)
-		return -1;
-	key = key_path(dir, node);
-	pub = pub_path(dir, node);
-	if (mkdir_parents(dir, 0700) < 0 && errno != EEXIST) {
-		*error_r = t_strdup_printf("mkdir(%s) failed: %m", dir);
-		return -1;
-	}
-	exists = access(key, F_OK) == 0;
 	if (exists && !replace) {
 		*error_r = t_strdup_printf(
 			"%s exists already; to change the key of node %s, "
 			"ask for its replacement", key, node);
 		return -1;
 	}
-
 	randombytes_buf(seed, sizeof(seed));
 	(void)crypto_sign_seed_keypair(pk, sk, seed);
 	sodium_memzero(sk, sizeof(sk));
 	line_write(line, PUBLIC_MAGIC, node, pk);
-	ret = secret_write(key, node, seed, &key_temp, error_r);
+	ret = secret_write(key, node, seed, error_r);
 	sodium_memzero(seed, sizeof(seed));
-	if (ret < 0)
-		return -1;
-	if (public_write(pub, line, &pub_temp, error_r) < 0) {
-		i_unlink(key_temp);
-		return -1;
-	}
-	ret = exists ?
-		keygen_commit_replace(key, key_temp, pub, pub_temp, error_r) :
-		keygen_commit_new(key, key_temp, pub, pub_temp, error_r);
+	if (ret == 0)
+		ret = public_write(pub, line, error_r);
+	if (ret == 0)
+		ret = keygen_commit(key, pub, exists, error_r);
 	if (ret < 0) {
-		i_unlink_if_exists(key_temp);
-		i_unlink_if_exists(pub_temp);
+		i_unlink_if_exists(temp_path(key));
+		i_unlink_if_exists(temp_path(pub));
+	}
+	return ret;
+}
+
+int dovetail_keygen(const char *dir, const char *node, bool replace,
+		    const char **line_r, const char **error_r)
+{
+	char line[LINE_MAX_SIZE];
+	int fd, ret;
+
+	if (keyring_sodium_init(error_r) < 0 ||
+	    node_name_check(node, error_r) < 0)
+		return -1;
+	if (mkdir_parents(dir, 0700) < 0 && errno != EEXIST) {
+		*error_r = t_strdup_printf("mkdir(%s) failed: %m", dir);
 		return -1;
 	}
-	if (fdatasync_path(dir) < 0) {
-		*error_r = t_strdup_printf("fdatasync(%s) failed: %m", dir);
+	fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (fd == -1) {
+		*error_r = t_strdup_printf("open(%s) failed: %m", dir);
 		return -1;
 	}
-	*line_r = t_strdup(line);
-	return 0;
+	/* Not every file system can, and two administrators at the same moment
+	   are not worth an error. */
+	(void)flock(fd, LOCK_EX);
+	ret = keygen_locked(dir, node, replace, line, error_r);
+	if (ret == 0 && fsync(fd) < 0) {
+		*error_r = t_strdup_printf("fsync(%s) failed: %m", dir);
+		ret = -1;
+	}
+	i_close_fd(&fd);
+	if (ret == 0)
+		*line_r = t_strdup(line);
+	return ret;
 }
 
 /* ---- reading keys ---- */

@@ -189,6 +189,19 @@ static void test_keygen(void)
 	/* nothing temporary stays */
 	test_assert(files_count() == 2);
 	dir_end();
+
+	/* ... also not of one that died in between */
+	dir_begin();
+	if (mkdir(dir, 0700) < 0)
+		i_fatal("mkdir(%s) failed: %m", dir);
+	file_write("a.key.tmp", 0644, "half a secret");
+	file_write("a.pub.tmp", 0600, "half");
+	line = keygen("a");
+	test_assert_strcmp(file_text("a.pub"), t_strconcat(line, "\n", NULL));
+	test_assert(file_mode("a.key") == 0600);
+	test_assert(file_mode("a.pub") == 0644);
+	test_assert(files_count() == 2);
+	dir_end();
 	test_end();
 }
 
