@@ -117,7 +117,9 @@ void dovetail_seal(const struct dovetail_keyring *keyring,
 		   const void *payload, size_t size, buffer_t *dest,
 		   unsigned char hash_r[DOVETAIL_HASH_SIZE])
 {
-	unsigned char key[MESSAGE_KEY_SIZE], nonce[NONCE_SIZE];
+	/* one system call for both */
+	unsigned char random[MESSAGE_KEY_SIZE + NONCE_SIZE];
+	const unsigned char *key = random, *nonce = random + MESSAGE_KEY_SIZE;
 	size_t ad_size, start = dest->used;
 	unsigned char *entry, *space;
 	unsigned int i;
@@ -127,14 +129,13 @@ void dovetail_seal(const struct dovetail_keyring *keyring,
 		 count * RECIPIENT_SIZE - NONCE_SIZE - CIPHERTEXT_SIZE_SIZE -
 		 TAG_SIZE - crypto_sign_BYTES);
 
-	crypto_aead_xchacha20poly1305_ietf_keygen(key);
-	randombytes_buf(nonce, sizeof(nonce));
+	randombytes_buf(random, sizeof(random));
 
 	put_head(keyring, head, dest);
 	buffer_append_c(dest, count);
 	for (i = 0; i < count; i++)
 		put_recipient(recipients[i], nonce, key, dest);
-	buffer_append(dest, nonce, sizeof(nonce));
+	buffer_append(dest, nonce, NONCE_SIZE);
 	cpu32_to_be_unaligned(size + TAG_SIZE,
 		buffer_append_space_unsafe(dest, CIPHERTEXT_SIZE_SIZE));
 	ad_size = dest->used - start;
@@ -144,7 +145,7 @@ void dovetail_seal(const struct dovetail_keyring *keyring,
 	entry += start;
 	(void)crypto_aead_xchacha20poly1305_ietf_encrypt(
 		space, NULL, payload, size, entry, ad_size, NULL, nonce, key);
-	sodium_memzero(key, sizeof(key));
+	sodium_memzero(random, sizeof(random));
 
 	entry_hash(hash_r, entry, dest->used - start);
 	(void)crypto_sign_detached(
