@@ -4,6 +4,11 @@
 /* What differs between Dovecot releases: resolved here, once, and nowhere
    else. Each section needs the Dovecot headers it names, included before. */
 
+/* libdovetail_settings.so and its settings root in Dovecot's config process, and
+   Dovecot's own default of a setting that it hands on. */
+#define DOVETAIL_COMPAT_SETTINGS_MODULE "dovetail"
+#define DOVETAIL_COMPAT_INTERNAL_USER "dovecot"
+
 #ifdef MAIL_INDEX_H
 /* ---- an index: mail-index.h ---- */
 
@@ -84,8 +89,8 @@ struct dovetail_compat_service_settings {
 	/* plugin { }: name, value, name, value, ... */
 	ARRAY(const char *) plugin_envs;
 };
-/* an own root for a setting of Dovecot's master */
-struct dovetail_compat_master_settings {
+/* What libdovetail_settings.so (dovetail-settings-module.c) hands on. */
+struct dovetail_compat_module_settings {
 	const char *default_internal_user;
 };
 
@@ -98,7 +103,11 @@ struct dovetail_compat_service {
 
 /* Read Dovecot's configuration as the service name sees it. Call as root, once,
    after master_service_init(). Strings live as long as the service's settings.
-   Returns 0, or -1 and error_r (data stack). */
+   Returns 0, or -1 and error_r (data stack).
+
+   Never ask for the module "master": Dovecot's config process would read the
+   files anew, as for a reload, and this service and all later ones would get
+   what an administrator, or a program, is just writing there. */
 static inline int
 dovetail_compat_service_settings_read(struct master_service *service,
 				      const char *name,
@@ -122,30 +131,32 @@ dovetail_compat_service_settings_read(struct master_service *service,
 		.struct_size = sizeof(struct dovetail_compat_service_settings),
 		.parent_offset = SIZE_MAX,
 	};
-	static const struct setting_define master_defines[] = {
+	static const struct setting_define module_defines[] = {
 		{ .type = SET_STR, .key = "default_internal_user",
-		  .offset = offsetof(struct dovetail_compat_master_settings,
+		  .offset = offsetof(struct dovetail_compat_module_settings,
 				     default_internal_user) },
 		SETTING_DEFINE_LIST_END
 	};
-	static const struct dovetail_compat_master_settings master_defaults = {
-		.default_internal_user = "dovecot"
+	static const struct dovetail_compat_module_settings module_defaults = {
+		.default_internal_user = DOVETAIL_COMPAT_INTERNAL_USER
 	};
-	static const struct setting_parser_info master_info = {
-		.module_name = "master",
-		.defines = master_defines,
-		.defaults = &master_defaults,
+	static const struct setting_parser_info module_info = {
+		.module_name = DOVETAIL_COMPAT_SETTINGS_MODULE,
+		.defines = module_defines,
+		.defaults = &module_defaults,
 		.type_offset = SIZE_MAX,
-		.struct_size = sizeof(struct dovetail_compat_master_settings),
+		.struct_size = sizeof(struct dovetail_compat_module_settings),
 		.parent_offset = SIZE_MAX,
 	};
 	static const struct setting_parser_info *const roots[] = {
-		&info, &master_info, NULL
+		&info, &module_info, NULL
 	};
-	static const char *const modules[] = { "master", NULL };
+	static const char *const modules[] = {
+		DOVETAIL_COMPAT_SETTINGS_MODULE, NULL
+	};
 	struct master_service_settings_input input;
 	struct master_service_settings_output output;
-	const struct dovetail_compat_master_settings *master_set;
+	const struct dovetail_compat_module_settings *module_set;
 	void **sets;
 
 	i_zero(&input);
@@ -158,8 +169,8 @@ dovetail_compat_service_settings_read(struct master_service *service,
 		return -1;
 	sets = master_service_settings_get_others(service);
 	service_r->set = sets[0];
-	master_set = sets[1];
-	service_r->default_internal_user = master_set->default_internal_user;
+	module_set = sets[1];
+	service_r->default_internal_user = module_set->default_internal_user;
 	service_r->base_dir = master_service_settings_get(service)->base_dir;
 	return 0;
 }

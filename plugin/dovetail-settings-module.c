@@ -6,16 +6,19 @@
    first user logs in.
 
    Dovecot's config process loads it from modules/settings. The module adds a
-   settings root of its own that sees plugin { } as well; it owns no setting,
-   and no process asks for it. */
+   settings root of its own that sees plugin { } as well; it owns no setting.
+   Our services ask for it, to learn default_internal_user without the module
+   "master" (dovetail_compat_service_settings_read() says why not that). */
 
 #include "lib.h"
 #include "array.h"
 #include "settings-parser.h"
 #include "str-sanitize.h"
+#include "dovetail-compat.h"
 #include "dovetail-settings.h"
 
 struct dovetail_module_settings {
+	const char *default_internal_user;
 	/* key, value, key, value, ... */
 	ARRAY(const char *) plugin_envs;
 };
@@ -80,15 +83,19 @@ dovetail_module_settings_check(void *_set, pool_t pool ATTR_UNUSED,
 static const struct setting_define dovetail_module_setting_defines[] = {
 	{ .type = SET_STRLIST, .key = "plugin",
 	  .offset = offsetof(struct dovetail_module_settings, plugin_envs) },
+	{ .type = SET_STR, .key = "default_internal_user",
+	  .offset = offsetof(struct dovetail_module_settings,
+			     default_internal_user) },
 	SETTING_DEFINE_LIST_END
 };
 
 static const struct dovetail_module_settings dovetail_module_default_settings = {
+	.default_internal_user = DOVETAIL_COMPAT_INTERNAL_USER,
 	.plugin_envs = ARRAY_INIT
 };
 
 static const struct setting_parser_info dovetail_module_setting_parser_info = {
-	.module_name = "dovetail",
+	.module_name = DOVETAIL_COMPAT_SETTINGS_MODULE,
 	.defines = dovetail_module_setting_defines,
 	.defaults = &dovetail_module_default_settings,
 
