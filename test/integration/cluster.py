@@ -100,16 +100,35 @@ def mail(text, size=0, subject=None):
     return head + line * max(0, (size - len(head) + len(line) - 1) // len(line))
 
 
+def stat_fields(pid):
+    """/proc/PID/stat after the name: state, parent, group, session, ..."""
+    with open("/proc/%d/stat" % pid) as f:
+        return f.read().rpartition(")")[2].split()
+
+
 def children(pid):
     """Pids of the direct children of pid."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                if int(stat_fields(int(entry))[1]) == pid:
+                    found.append(int(entry))
+    return found
+
+
+def session_pids(leader):
+    """The living processes of a session. Those of a server stay in its session
+    when it is gone itself. (A dead one that nobody has asked for, a zombie, has
+    closed its files, unlike one that only lost its executable.)"""
     found = []
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue
         with contextlib.suppress(OSError):
-            with open("/proc/%s/stat" % entry) as f:
-                if int(f.read().rpartition(")")[2].split()[1]) == pid:
-                    found.append(int(entry))
+            fields = stat_fields(int(entry))
+            if fields[0] not in "ZX" and int(fields[3]) == leader:
+                found.append(int(entry))
     return found
 
 
@@ -122,11 +141,16 @@ def executable(pid):
 def age(pid):
     """Seconds since a process was started, 0 when it is gone."""
     with contextlib.suppress(OSError):
-        with open("/proc/%d/stat" % pid) as f:
-            ticks = int(f.read().rpartition(")")[2].split()[19])
+        ticks = int(stat_fields(pid)[19])
         return time.clock_gettime(time.CLOCK_BOOTTIME) - \
             ticks / os.sysconf("SC_CLK_TCK")
     return 0
+
+
+def kill_9(pids):
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 _libc = ctypes.CDLL(None)
@@ -399,8 +423,10 @@ class Node(Daemon):
             text += SERVICES.format(n=self, mail=MAIL_USER, libexec=LIBEXEC,
                                     queue_mode="0600" if self.replay_user ==
                                     MAIL_USER else "0666")
-        with open(self.conf, "w") as f:
+        # complete or not at all
+        with open(self.conf + ".new", "w") as f:
             f.write(text + self.extra_conf)
+        os.rename(self.conf + ".new", self.conf)
 
     def keygen(self):
         self.doveadm("dovetail", "keygen")
@@ -444,7 +470,15 @@ class Node(Daemon):
         return False
 
     def stop(self):
+        """Until the last process is gone. Dovecot's master does not wait for
+        all of them, and one that is busy, or waits for the disk, keeps the
+        listeners: a start would find "Socket already exists". An init system
+        ends what is left over, and so does this."""
         self.end(signal.SIGTERM)
+        try:
+            wait_for(lambda: not self.pids(), "processes to end")
+        except AssertionError:
+            self.kill_all()
 
     def reload(self):
         self.write_conf()
@@ -452,14 +486,19 @@ class Node(Daemon):
 
     def kill(self):
         """As a machine that loses power: no process gets a last word."""
-        pids = children(self.process.pid)
-        for number in (signal.SIGSTOP, signal.SIGKILL):
-            for pid in [self.process.pid] + pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
+        # the master first, which would start others
+        os.kill(self.process.pid, signal.SIGSTOP)
+        wait_for(lambda: stat_fields(self.process.pid)[0] in "TZ",
+                 "the master to stand still")
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+        self.kill_all()
+
+    def kill_all(self):
+        kill_9(session_pids(self.process.pid))
         self.process.wait()
-        wait_for(lambda: not any(executable(p) for p in pids),
-                 "killed processes to end")
+        wait_for(lambda: not self.pids(), "killed processes to end")
 
     def restart(self):
         self.stop()
@@ -476,22 +515,31 @@ class Node(Daemon):
             self.final_log = f.read()
 
     def pids(self, service=None):
-        """Processes of a service (by executable), all when None."""
-        return [pid for pid in children(self.process.pid)
-                if service in (None, executable(pid))]
+        """Processes of a service (by executable), all when None; without the
+        master."""
+        return [pid for pid in session_pids(self.process.pid)
+                if pid != self.process.pid and
+                service in (None, executable(pid))]
+
+    def settled(self, service):
+        """Processes of a service that Dovecot's master has heard of and that
+        live for some time. If others die it takes the service for broken, and
+        starts the next one only after 2, 4, ... 60 s."""
+        rows = self.doveadm("-f", "tab", "process", "status", service)
+        lines = [line.split("\t") for line in rows.splitlines()]
+        heard = {int(row["pid"]) for row in
+                 (dict(zip(lines[0], line)) for line in lines[1:])
+                 if row["last_status_update"] != "0"}
+        return [pid for pid in heard & set(self.pids(service))
+                if age(pid) > 0.5]
 
     def kill_service(self, service, wait=True):
-        """kill -9 all processes of a service; returns their number. wait:
-        there must be some. Only those that have begun to work: if they die
-        before, Dovecot takes the service for broken and starts the next only
-        after seconds."""
-        def old_enough():
-            return [pid for pid in self.pids(service) if age(pid) > 0.5]
-        pids = wait_for(old_enough, "a process of %s" % service) \
-            if wait else old_enough()
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        """kill -9 all settled processes of a service; returns their number.
+        wait: there must be some."""
+        pids = wait_for(lambda: self.settled(service),
+                        "a process of %s" % service) \
+            if wait else self.settled(service)
+        kill_9(pids)
         return len(pids)
 
     @contextlib.contextmanager

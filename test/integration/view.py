@@ -81,6 +81,9 @@ def parse_fetch(rows):
             continue
         # (text, literal) when there is one, then a row with what follows
         text, body = row if isinstance(row, tuple) else (row, None)
+        if b"INTERNALDATE" not in text:
+            # not what was asked for: somebody just changed the flags
+            continue
         if body is None and b'BODY[] ""' in text:
             body = b""
         flags, = re.search(rb"FLAGS \(([^)]*)\)", text).groups()
