@@ -11,7 +11,7 @@ import time
 import pytest
 
 import view
-from cluster import GONE, Cluster, Refused, mail, wait_for
+from cluster import GONE, Cluster, Refused, age, kill_9, mail, wait_for
 
 ACK_TIMEOUT = 1
 # of a busy machine, on top of the timeout
@@ -409,6 +409,33 @@ def test_killed_after_the_last_write(pair, user):
     replica = user.replica
     wait_for(lambda: len(user.look("INBOX", replica)) == 2,
              "the message, without anyone looking at the primary")
+    user.wait_equal()
+
+
+@pytest.mark.parametrize("service", ["dovetail-queue", "dovetail-replay"])
+def test_start_while_configuration_is_written(pair, user, service):
+    """A service that starts uses the configuration that Dovecot runs with, not
+    what an editor has just begun to save; and so do all others after it."""
+    pair.expect_errors(*KILLED)
+    pids = {node: wait_for(lambda: node.settled(service), service)
+            for node in pair.nodes}
+    for node in pair.nodes:
+        os.rename(node.conf, node.conf + ".old")
+        open(node.conf, "w").close()
+    try:
+        for node in pair.nodes:
+            kill_9(pids[node])
+            # as many as before, and they have lived for some time
+            wait_for(lambda: len([
+                pid for pid in node.pids(service)
+                if pid not in pids[node] and age(pid) > 1]) ==
+                len(pids[node]), "%s to be started" % service)
+        work(user)
+        wait_for(lambda: len(user.look()) == len(user.look(
+            node=user.primary)), "the new mail on the replica")
+    finally:
+        for node in pair.nodes:
+            os.rename(node.conf + ".old", node.conf)
     user.wait_equal()
 
 
