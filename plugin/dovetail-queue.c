@@ -30,6 +30,8 @@
 #define REDIS_TIMEOUT_MSECS 5000
 /* how long the end waits for answers of Redis */
 #define STOP_TIMEOUT_MSECS 1000
+#define REPLAY_SERVICE_NAME "dovetail-replay"
+#define REPLAY_KNOCK_MSECS (10 * 1000)
 /* The queue may take more again when it is down to this part of its maximum. */
 #define QUEUE_FULL_UNTIL(max) ((max) / 8 * 7)
 
@@ -39,6 +41,8 @@ static struct event_category event_category_dovetail = {
 
 static struct dovetail_queue *queue;
 static int lock_fd = -1;
+static char *replay_socket;
+static struct timeout *to_knock;
 
 /* ---- running ---- */
 
@@ -142,6 +146,19 @@ static void queue_tick(struct dovetail_queue *q)
 	dovetail_queue_users_tick(q);
 	dovetail_queue_conns_tick(q);
 	dovetail_queue_conns_flush(q);
+}
+
+/* After a failed start Dovecot's master waits a while ("throttling"), and then
+   until somebody connects to the service; it does not go back to
+   process_min_avail by itself. Nobody else connects to dovetail-replay. Where
+   processes run one of them takes the connection, which has the master look,
+   too, whether there are enough. (Errors: it is not configured here, or not for
+   us, or there are many connections already.) */
+static void queue_knock(void *context ATTR_UNUSED)
+{
+	int fd = net_connect_unix(replay_socket);
+
+	i_close_fd(&fd);
 }
 
 /* ---- start ---- */
@@ -399,6 +416,10 @@ int main(int argc, char *argv[])
 	restrict_access_allow_coredumps(FALSE);
 	queue_open_lock(&set);
 	queue = queue_init(&set, keyring, password);
+	replay_socket = i_strconcat(service.base_dir, "/"REPLAY_SERVICE_NAME,
+				    NULL);
+	if (set.peers[0] != NULL)
+		to_knock = timeout_add(REPLAY_KNOCK_MSECS, queue_knock, NULL);
 
 	/* After a reload or at the end, when the master closes its pipe: do not
 	   wait for the clients to go, they come back by themselves. */
@@ -406,6 +427,8 @@ int main(int argc, char *argv[])
 	master_service_init_finish(master_service);
 	master_service_run(master_service, client_connected);
 
+	timeout_remove(&to_knock);
+	i_free(replay_socket);
 	queue_deinit(&queue);
 	pool_unref(&pool);
 	master_service_deinit(&master_service);

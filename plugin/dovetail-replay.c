@@ -67,7 +67,7 @@ static void replay_try_start(void *context ATTR_UNUSED)
 
 static void client_connected(struct master_service_connection *conn ATTR_UNUSED)
 {
-	/* the listener is there because Dovecot's master wants one */
+	/* dovetail-queue knocks, see queue_knock() there */
 }
 
 /* Returns TRUE when this process stays root and becomes each user in turn. */
