@@ -1006,6 +1006,7 @@ service dovetail-replay {{
   idle_kill = 4294967295 s
   unix_listener dovetail-replay {{
     mode = 0600
+    user = $default_internal_user
   }}
 }}
 """

@@ -439,6 +439,26 @@ def test_start_while_configuration_is_written(pair, user, service):
     user.wait_equal()
 
 
+@pytest.mark.parametrize("service", ["dovetail-queue", "dovetail-replay"])
+def test_service_comes_back(pair, user, service):
+    """A service that cannot start is started again when that has passed, by
+    nobody's hand, and all its processes are."""
+    pair.expect_errors(*KILLED, r"\.key does not exist")
+    node = pair.b
+    pids = wait_for(lambda: node.settled(service), service)
+    key = os.path.join(node.key_dir, node.name + ".key")
+    os.rename(key, key + ".away")
+    try:
+        kill_9(pids)
+        node.wait_log(r"service\(%s\): command startup failed" % service)
+    finally:
+        os.rename(key + ".away", key)
+    wait_for(lambda: len(node.settled(service)) == len(pids),
+             "all of %s to come back" % service, 60)
+    work(user)
+    user.wait_equal()
+
+
 # -- how Redis is reached
 
 @pytest.mark.parametrize("redis", [

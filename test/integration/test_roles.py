@@ -3,13 +3,14 @@ can be the primary of some users; there may be more than two nodes."""
 
 import os
 import poplib
+import pwd
 import re
 import threading
 
 import pytest
 
 import view
-from cluster import Cluster, Refused, literal, mail, wait_equal
+from cluster import Cluster, Refused, literal, mail, wait_equal, wait_for
 
 FENCED = [
     ("append", "APPEND INBOX", literal(mail("no"))),
@@ -291,6 +292,15 @@ def test_services_are_not_root(two):
             assert pids
             for pid in pids:
                 assert "0" not in uids_of(pid), service
+
+
+def test_queue_becomes_default_internal_user(new_cluster):
+    """Which is not always its default."""
+    cluster = new_cluster(conf="default_internal_user = mail\n")
+    uid = str(pwd.getpwnam("mail").pw_uid)
+    for node in cluster.nodes:
+        pids = wait_for(lambda: node.settled("dovetail-queue"), "the queue")
+        assert [uids_of(pid) for pid in pids] == [{uid}]
 
 
 def test_keys_are_secret(two):
