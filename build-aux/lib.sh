@@ -8,7 +8,7 @@ packages_build=(autoconf automake gcc libc6-dev libtool make
 	dovecot-dev libhiredis-dev libsodium-dev)
 # ... and to run it
 packages_run=(dovecot-core dovecot-imapd dovecot-lmtpd dovecot-pop3d
-	dovecot-sieve python3 redis-server)
+	dovecot-sieve openssl python3 redis-server)
 
 # Nothing in /usr/local, in a home directory or in the caller's environment
 # shall decide what is tested.

@@ -21,6 +21,53 @@ static inline const char *dovetail_index_error(struct mail_index *index)
 }
 #endif
 
+#ifdef IOSTREAM_SSL_H
+/* ---- TLS: iostream-ssl.h ---- */
+
+/* Settings of a client that insists on a valid certificate. The contents of PEM
+   files; NULL: none. The pool must outlive what is made with the settings. */
+static inline void
+dovetail_compat_ssl_settings(struct ssl_iostream_settings *set_r, pool_t pool,
+			     const char *ca, const char *cert, const char *key)
+{
+	i_zero(set_r);
+#if DOVECOT_PREREQ(2, 4, 0)
+	set_r->pool = pool;
+	set_r->ca.path = set_r->cert.cert.path = set_r->cert.key.path = "";
+	set_r->ca.content = ca;
+	set_r->cert.cert.content = cert;
+	set_r->cert.key.content = key;
+#else
+	(void)pool;
+	set_r->ca = ca;
+	set_r->cert.cert = cert;
+	set_r->cert.key = key;
+#endif
+	set_r->min_protocol = "TLSv1.2";
+	set_r->skip_crl_check = TRUE;
+	set_r->verify_remote_cert = TRUE;
+	set_r->tickets = TRUE;
+}
+
+static inline int
+dovetail_compat_ssl_client(struct ssl_iostream_context *ctx,
+			   const struct ssl_iostream_settings *set,
+			   struct event *event, const char *host,
+			   struct istream **input, struct ostream **output,
+			   struct ssl_iostream **ssl_r, const char **error_r)
+{
+#if DOVECOT_PREREQ(2, 4, 0)
+	(void)set;
+	return io_stream_create_ssl_client(ctx, host, event, 0, input, output,
+					   ssl_r, error_r);
+#else
+	(void)event;
+	return io_stream_create_ssl_client(ctx, host, set, input, output,
+					   ssl_r, error_r);
+#endif
+}
+#endif
+
 #ifdef MAIL_USER_H
 /* ---- a user: mail-user.h ---- */
 

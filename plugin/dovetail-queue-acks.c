@@ -369,7 +369,8 @@ void dovetail_queue_acks_start(struct dovetail_queue *queue)
 	queue->acks_last_id = i_strdup("0-0");
 	queue->acks_redis =
 		dovetail_redis_init(queue->event, &queue->set.redis,
-				    queue->password, ACKS_TIMEOUT_MSECS,
+				    queue->password, queue->tls,
+				    ACKS_TIMEOUT_MSECS,
 				    &callbacks, queue);
 }
 

@@ -234,6 +234,8 @@ struct dovetail_queue {
 	struct dovetail_settings set;
 	struct dovetail_keyring *keyring;
 	char *password;
+	/* NULL: no rediss:// */
+	struct dovetail_redis_tls *tls;
 	char *dirty_dir;
 	/* who may speak for every user, beside root */
 	uid_t uid;

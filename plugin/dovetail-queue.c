@@ -125,7 +125,8 @@ static void queue_try_start(struct dovetail_queue *q)
 	q->started = TRUE;
 	if (q->peers_count > 0) {
 		q->redis = dovetail_redis_init(q->event, &q->set.redis,
-					       q->password, REDIS_TIMEOUT_MSECS,
+					       q->password, q->tls,
+					       REDIS_TIMEOUT_MSECS,
 					       &callbacks, q);
 	}
 	dovetail_queue_conns_start(q);
@@ -242,7 +243,8 @@ static void queue_init_peers(struct dovetail_queue *q)
 
 static struct dovetail_queue *
 queue_init(const struct dovetail_settings *set,
-	   struct dovetail_keyring *keyring, char *password)
+	   struct dovetail_keyring *keyring, char *password,
+	   struct dovetail_redis_tls *tls)
 {
 	struct dovetail_queue *q;
 
@@ -253,6 +255,7 @@ queue_init(const struct dovetail_settings *set,
 	q->set = *set;
 	q->keyring = keyring;
 	q->password = password;
+	q->tls = tls;
 	q->dirty_dir = i_strconcat(set->state_dir, "/dirty", NULL);
 	q->uid = geteuid();
 	q->logs_count = set->shards;
@@ -332,6 +335,7 @@ static void queue_deinit(struct dovetail_queue **_queue)
 	if (q->password != NULL)
 		safe_memset(q->password, 0, strlen(q->password));
 	i_free(q->password);
+	dovetail_redis_tls_deinit(&q->tls);
 
 	for (i = 0; i < q->peers_count; i++) {
 		for (j = 0; j < q->logs_count; j++)
@@ -377,6 +381,7 @@ int main(int argc, char *argv[])
 	struct dovetail_keyring *keyring;
 	struct restrict_access_settings rset;
 	const char *error;
+	struct dovetail_redis_tls *tls;
 	char *password;
 	pool_t pool;
 
@@ -408,6 +413,7 @@ int main(int argc, char *argv[])
 				  &error) < 0)
 		i_fatal("%s", error);
 	password = dovetail_service_read_password(set.key_dir);
+	tls = dovetail_service_tls_init(&set);
 	queue_get_user(&service, &rset);
 	queue_make_state_dir(pool, &set, rset.uid, rset.gid);
 
@@ -415,7 +421,7 @@ int main(int argc, char *argv[])
 	/* core files would have the key in them */
 	restrict_access_allow_coredumps(FALSE);
 	queue_open_lock(&set);
-	queue = queue_init(&set, keyring, password);
+	queue = queue_init(&set, keyring, password, tls);
 	replay_socket = i_strconcat(service.base_dir, "/"REPLAY_SERVICE_NAME,
 				    NULL);
 	if (set.peers[0] != NULL)

@@ -837,10 +837,12 @@ void replay_streams_init(void)
 	if (array_count(&streams.list) == 0)
 		return;
 	streams.reader = dovetail_redis_init(replay.event, &replay.set.redis,
-		replay.redis_password, STREAM_READ_TIMEOUT_MSECS,
+		replay.redis_password, replay.redis_tls,
+		STREAM_READ_TIMEOUT_MSECS,
 		&reader_callbacks, NULL);
 	streams.writer = dovetail_redis_init(replay.event, &replay.set.redis,
-		replay.redis_password, STREAM_CMD_TIMEOUT_MSECS,
+		replay.redis_password, replay.redis_tls,
+		STREAM_CMD_TIMEOUT_MSECS,
 		&writer_callbacks, NULL);
 	streams.to_idle = timeout_add(STREAM_ACK_IDLE_MSECS, streams_idle,
 				      NULL);

@@ -132,6 +132,7 @@ int main(int argc, char *argv[])
 		i_fatal("%s", error);
 	password = dovetail_service_read_password(replay.set.key_dir);
 	replay.redis_password = password;
+	replay.redis_tls = dovetail_service_tls_init(&replay.set);
 	replay.dir = p_strconcat(replay.pool, replay.set.state_dir, "/replay",
 				 NULL);
 	replay.slots = master_service_get_process_limit(master_service);
@@ -169,6 +170,7 @@ int main(int argc, char *argv[])
 	if (password != NULL)
 		safe_memset(password, 0, strlen(password));
 	i_free(password);
+	dovetail_redis_tls_deinit(&replay.redis_tls);
 	event_unref(&replay.event);
 	pool_unref(&replay.pool);
 	master_service_deinit(&master_service);

@@ -35,6 +35,8 @@ struct replay {
 	struct dovetail_keyring *keyring;
 	/* NULL: none */
 	const char *redis_password;
+	/* NULL: no rediss:// */
+	struct dovetail_redis_tls *redis_tls;
 	unsigned int slot, slots;
 	/* descriptor of this worker's lock on its slot */
 	int lock_fd;

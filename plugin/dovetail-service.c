@@ -3,6 +3,7 @@
 #include "lib.h"
 #include "mkdir-parents.h"
 #include "safe-memset.h"
+#include "dovetail-settings.h"
 #include "dovetail-service.h"
 
 #include <fcntl.h>
@@ -45,6 +46,19 @@ char *dovetail_service_read_password(const char *key_dir)
 	password = i_strdup(line);
 	safe_memset(line, 0, sizeof(line));
 	return password;
+}
+
+struct dovetail_redis_tls *
+dovetail_service_tls_init(const struct dovetail_settings *set)
+{
+	struct dovetail_redis_tls *tls = NULL;
+	const char *error;
+
+	if (set->redis.tls &&
+	    dovetail_redis_tls_init(set->redis_ca_file, set->redis_cert_file,
+				    set->redis_key_file, &tls, &error) < 0)
+		i_fatal("%s", error);
+	return tls;
 }
 
 void dovetail_service_make_dir(const char *path, mode_t mode, uid_t uid,

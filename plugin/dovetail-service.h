@@ -1,6 +1,9 @@
 #ifndef DOVETAIL_SERVICE_H
 #define DOVETAIL_SERVICE_H
 
+struct dovetail_settings;
+struct dovetail_redis_tls;
+
 /* What both services do at their start, as root. A failure ends the process: it
    has served nobody yet, and Dovecot's master starts it again, slower each
    time. */
@@ -8,6 +11,10 @@
 /* The first line of KEY_DIR/redis.password, or NULL when there is no such file.
    The caller wipes and frees it. */
 char *dovetail_service_read_password(const char *key_dir);
+
+/* What TLS to Redis needs; NULL when dovetail_redis is not rediss://. */
+struct dovetail_redis_tls *
+dovetail_service_tls_init(const struct dovetail_settings *set);
 
 /* Make sure that the directory exists, with this mode and owner. */
 void dovetail_service_make_dir(const char *path, mode_t mode, uid_t uid,

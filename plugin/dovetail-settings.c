@@ -131,6 +131,61 @@ dovetail_settings_parse_redis(struct dovetail_settings_parser *parser,
 }
 
 static int
+dovetail_settings_parse_tls_file(struct dovetail_settings_parser *parser,
+				 const char *value, const char **path_r,
+				 const char **error_r)
+{
+	*path_r = "";
+	if (value == NULL)
+		return 0;
+	if (!parser->set->redis.tls) {
+		*error_r = "Only for a Redis with TLS: dovetail_redis does not "
+			"begin with rediss://";
+		return -1;
+	}
+	if (*value != '/') {
+		*error_r = t_strdup_printf("'%s' does not begin with /",
+					   str_sanitize(value, 128));
+		return -1;
+	}
+	*path_r = p_strdup(parser->pool, value);
+	return 0;
+}
+
+static int
+dovetail_settings_parse_redis_ca_file(struct dovetail_settings_parser *parser,
+				      const char *value, const char **error_r)
+{
+	return dovetail_settings_parse_tls_file(parser, value,
+		&parser->set->redis_ca_file, error_r);
+}
+
+static int
+dovetail_settings_parse_redis_cert_file(struct dovetail_settings_parser *parser,
+					const char *value, const char **error_r)
+{
+	return dovetail_settings_parse_tls_file(parser, value,
+		&parser->set->redis_cert_file, error_r);
+}
+
+static int
+dovetail_settings_parse_redis_key_file(struct dovetail_settings_parser *parser,
+				       const char *value, const char **error_r)
+{
+	struct dovetail_settings *set = parser->set;
+
+	if (dovetail_settings_parse_tls_file(parser, value,
+					     &set->redis_key_file, error_r) < 0)
+		return -1;
+	if ((*set->redis_cert_file == '\0') != (*set->redis_key_file == '\0')) {
+		*error_r = "A certificate (dovetail_redis_cert_file) needs its "
+			"key, and the other way round";
+		return -1;
+	}
+	return 0;
+}
+
+static int
 dovetail_settings_parse_dir(struct dovetail_settings_parser *parser,
 			    const char *value, const char **dir_r,
 			    const char **error_r)
@@ -272,6 +327,12 @@ static const struct dovetail_setting dovetail_setting_list[] = {
 	{ "dovetail_peers", NULL, dovetail_settings_parse_peers },
 	{ "dovetail_primary", NULL, dovetail_settings_parse_primary },
 	{ "dovetail_redis", NULL, dovetail_settings_parse_redis },
+	{ "dovetail_redis_ca_file", NULL,
+	  dovetail_settings_parse_redis_ca_file },
+	{ "dovetail_redis_cert_file", NULL,
+	  dovetail_settings_parse_redis_cert_file },
+	{ "dovetail_redis_key_file", NULL,
+	  dovetail_settings_parse_redis_key_file },
 	{ "dovetail_key_dir", DOVETAIL_KEY_DIR_DEFAULT,
 	  dovetail_settings_parse_key_dir },
 	{ "dovetail_state_dir", DOVETAIL_DEFAULT_STATE_DIR,

@@ -28,6 +28,8 @@ struct dovetail_settings {
 	const char *primary;
 	/* dovetail_redis */
 	struct dovetail_redis_url redis;
+	/* dovetail_redis_ca_file, _cert_file, _key_file, default "" */
+	const char *redis_ca_file, *redis_cert_file, *redis_key_file;
 	/* dovetail_key_dir, default DOVETAIL_KEY_DIR_DEFAULT */
 	const char *key_dir;
 	/* dovetail_state_dir, default /var/lib/dovecot/dovetail */

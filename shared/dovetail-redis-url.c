@@ -222,9 +222,10 @@ int dovetail_redis_url_parse(pool_t pool, const char *url,
 						     error_r);
 	}
 	if (str_begins(url, "rediss://")) {
-		*error_r = "rediss:// (TLS) is not supported yet";
-		return -1;
+		url_r->tls = TRUE;
+		return dovetail_redis_url_parse_tcp(pool, url + 9, url_r,
+						    error_r);
 	}
-	*error_r = "It must begin with redis:// or unix:";
+	*error_r = "It must begin with redis://, rediss:// or unix:";
 	return -1;
 }

@@ -1,18 +1,22 @@
 /* Copyright (c) 2026 dovetail authors, LGPL-2.1-or-later, see COPYING */
 
-/* The socket, the order of commands and every callback are ours; hiredis'
-   redisReader parses the replies.
+/* The order of commands and every callback are ours; the bytes go through
+   Dovecot's streams, with or without TLS, and hiredis' redisReader parses the
+   replies.
 
    hiredis' own redisAsyncContext is not used: it asserts that no reply comes
    that nobody asked for, so a faulty or hostile Redis could abort the
-   process; it frees itself inside some of its callbacks; and it tries just
-   one address of a name. */
+   process; it frees itself inside some of its callbacks; it tries just one
+   address of a name; and not every release of it has TLS. */
 
 #include "lib.h"
 #include "buffer.h"
 #include "ioloop.h"
+#include "istream.h"
 #include "llist.h"
 #include "net.h"
+#include "ostream.h"
+#include "iostream-ssl.h"
 #include "safe-memset.h"
 #include "str.h"
 #include "str-sanitize.h"
@@ -42,9 +46,6 @@
 /* A single reply may not be larger. It is far above what Redis is asked for,
    and keeps a faulty server from filling the memory. */
 #define DOVETAIL_REDIS_REPLY_MAX_SIZE (512 * 1024 * 1024)
-/* An empty output buffer larger than this is given back. */
-#define DOVETAIL_REDIS_OUTPUT_KEEP_SIZE (256 * 1024)
-
 /* A peer that is gone without a word is noticed after about half a minute. */
 #define DOVETAIL_REDIS_KEEPALIVE_IDLE_SECS 15
 #define DOVETAIL_REDIS_KEEPALIVE_INTERVAL_SECS 5
@@ -73,14 +74,19 @@ struct dovetail_redis_conn {
 	int refcount;
 	/* -1: disconnected, nothing else may be used */
 	int fd;
-	struct io *io_read, *io_write;
+	/* connecting: waits until it may be written to; then for input */
+	struct io *io;
+	/* once connected */
+	struct istream *input;
+	struct ostream *output;
+	/* NULL: no TLS */
+	struct ssl_iostream *ssl;
 
 	redisReader *reader;
 	/* bytes read since the last whole reply */
 	uint64_t reply_size;
-	/* bytes before out_pos are written */
+	/* the command that is being sent */
 	buffer_t *out;
-	size_t out_pos;
 };
 
 struct dovetail_redis {
@@ -94,6 +100,7 @@ struct dovetail_redis {
 	/* host:port or path, for messages */
 	const char *name;
 	char *password;
+	struct dovetail_redis_tls *tls;
 	unsigned int timeout_msecs;
 	struct dovetail_redis_callbacks callbacks;
 	void *context;
@@ -163,22 +170,13 @@ static void dovetail_redis_conn_unref(struct dovetail_redis_conn **_conn)
 	i_free(conn);
 }
 
-/* Overwrite what was sent: it may have been the password. */
-static void dovetail_redis_conn_wipe_output(struct dovetail_redis_conn *conn)
-{
-	size_t size = buffer_get_writable_size(conn->out);
-
-	safe_memset(buffer_get_space_unsafe(conn->out, 0, size), 0, size);
-	buffer_set_used_size(conn->out, 0);
-	conn->out_pos = 0;
-}
-
 static void dovetail_redis_conn_close(struct dovetail_redis_conn *conn)
 {
-	io_remove(&conn->io_read);
-	io_remove(&conn->io_write);
+	io_remove(&conn->io);
+	ssl_iostream_destroy(&conn->ssl);
+	i_stream_destroy(&conn->input);
+	o_stream_destroy(&conn->output);
 	i_close_fd(&conn->fd);
-	dovetail_redis_conn_wipe_output(conn);
 }
 
 static void dovetail_redis_unref(struct dovetail_redis **_redis)
@@ -363,53 +361,6 @@ static void dovetail_redis_timeout_start(struct dovetail_redis *redis)
 
 /* ---- writing ---- */
 
-/* Returns 1 when everything is written, 0 when the socket takes no more, -1
-   with errno. */
-static int dovetail_redis_conn_write(struct dovetail_redis_conn *conn)
-{
-	const unsigned char *data = conn->out->data;
-	ssize_t ret;
-
-	while (conn->out_pos < conn->out->used) {
-		/* no SIGPIPE, whatever the process thinks of it */
-		ret = send(conn->fd, data + conn->out_pos,
-			   conn->out->used - conn->out_pos, MSG_NOSIGNAL);
-		if (ret < 0) {
-			if (errno == EINTR)
-				continue;
-			if (errno != EAGAIN && errno != EWOULDBLOCK)
-				return -1;
-			if (conn->out_pos >= conn->out->used / 2) {
-				buffer_delete(conn->out, 0, conn->out_pos);
-				conn->out_pos = 0;
-			}
-			return 0;
-		}
-		conn->out_pos += ret;
-	}
-	conn->out_pos = 0;
-	if (buffer_get_size(conn->out) > DOVETAIL_REDIS_OUTPUT_KEEP_SIZE) {
-		buffer_free(&conn->out);
-		conn->out = buffer_create_dynamic(default_pool, 1024);
-	} else {
-		buffer_set_used_size(conn->out, 0);
-	}
-	return 1;
-}
-
-static void dovetail_redis_output(struct dovetail_redis *redis)
-{
-	int ret;
-
-	ret = dovetail_redis_conn_write(redis->conn);
-	if (ret > 0)
-		io_remove(&redis->conn->io_write);
-	else if (ret < 0) {
-		dovetail_redis_fail(redis,
-			t_strdup_printf("write() failed: %m"));
-	}
-}
-
 static void
 dovetail_redis_conn_format(struct dovetail_redis_conn *conn,
 			   unsigned int argc, const char *const *argv,
@@ -417,6 +368,7 @@ dovetail_redis_conn_format(struct dovetail_redis_conn *conn,
 {
 	unsigned int i;
 
+	buffer_set_used_size(conn->out, 0);
 	str_printfa(conn->out, "*%u\r\n", argc);
 	for (i = 0; i < argc; i++) {
 		str_printfa(conn->out, "$%zu\r\n", argv_len[i]);
@@ -442,12 +394,10 @@ dovetail_redis_send(struct dovetail_redis *redis, unsigned int argc,
 	DLLIST2_APPEND(&redis->cmds_head, &redis->cmds_tail, cmd);
 
 	dovetail_redis_conn_format(conn, argc, argv, argv_len);
-	/* An error shows again, and is handled, when the ioloop runs: the
-	   caller does not expect its callbacks here. */
-	if (conn->io_write == NULL && dovetail_redis_conn_write(conn) <= 0) {
-		conn->io_write = io_add(conn->fd, IO_WRITE,
-					dovetail_redis_output, redis);
-	}
+	/* Written at once as far as possible. An error shows again, and is
+	   handled, when the answer is read: the caller does not expect its
+	   callbacks here. */
+	o_stream_nsend(conn->output, conn->out->data, conn->out->used);
 }
 
 /* ---- reading ---- */
@@ -520,46 +470,69 @@ dovetail_redis_handle_replies(struct dovetail_redis *redis,
 	}
 }
 
+static const char *
+dovetail_redis_read_error(const struct dovetail_redis_conn *conn)
+{
+	const char *error;
+
+	if (conn->ssl != NULL &&
+	    (error = ssl_iostream_get_last_error(conn->ssl)) != NULL) {
+		/* Dovecot's advice is about its own settings */
+		if (strstr(error, " (check ") != NULL) {
+			return t_strdup_printf("TLS failed: %s (check "
+				"dovetail_redis_ca_file)", t_strdup_until(
+					error, strstr(error, " (check ")));
+		}
+		return t_strdup_printf("TLS failed: %s", error);
+	}
+	if (conn->ssl != NULL && (conn->input->stream_errno == EPIPE ||
+				  conn->input->stream_errno == ECONNRESET)) {
+		/* it may refuse us behind the end of our handshake */
+		return "TLS failed: The server hung up (does it know our "
+			"certificate, dovetail_redis_cert_file?)";
+	}
+	if (conn->input->stream_errno == 0)
+		return "The server closed the connection";
+	return t_strdup_printf("read() failed: %s",
+			       i_stream_get_error(conn->input));
+}
+
 /* Returns FALSE when the connection has failed, error_r as above. */
 static bool
 dovetail_redis_read(struct dovetail_redis *redis,
 		    struct dovetail_redis_conn *conn, const char **error_r)
 {
-	static char buf[DOVETAIL_REDIS_READ_SIZE];
-	size_t total = 0;
+	const unsigned char *data;
+	size_t size, total = 0;
 	ssize_t ret;
 
 	*error_r = NULL;
-	while (total < DOVETAIL_REDIS_READ_MAX_SIZE) {
-		ret = recv(conn->fd, buf, sizeof(buf), 0);
+	do {
+		ret = i_stream_read_more(conn->input, &data, &size);
+		if (ret == 0)
+			return TRUE;
 		if (ret < 0) {
-			if (errno == EINTR)
-				continue;
-			if (errno == EAGAIN || errno == EWOULDBLOCK)
-				return TRUE;
-			*error_r = t_strdup_printf("read() failed: %m");
+			*error_r = dovetail_redis_read_error(conn);
 			return FALSE;
 		}
-		if (ret == 0) {
-			*error_r = "The server closed the connection";
-			return FALSE;
-		}
-		if (redisReaderFeed(conn->reader, buf, ret) != REDIS_OK) {
+		if (redisReaderFeed(conn->reader, (const char *)data, size) !=
+		    REDIS_OK) {
 			*error_r = t_strdup_printf(
 				"Cannot parse the server's answer: %s",
 				conn->reader->errstr);
 			return FALSE;
 		}
+		i_stream_skip(conn->input, size);
 		redis->quiet = 0;
-		conn->reply_size += ret;
-		total += ret;
+		conn->reply_size += size;
+		total += size;
 		if (!dovetail_redis_handle_replies(redis, conn, error_r))
 			return FALSE;
-		if ((size_t)ret < sizeof(buf)) {
-			/* most likely there is no more: save a call */
-			return TRUE;
-		}
-	}
+		/* What a socket has besides calls us again; what TLS has
+		   decrypted does not. */
+	} while (conn->ssl != NULL && total < DOVETAIL_REDIS_READ_MAX_SIZE);
+	if (conn->ssl != NULL)
+		i_stream_set_input_pending(conn->input, TRUE);
 	return TRUE;
 }
 
@@ -584,8 +557,10 @@ static void dovetail_redis_set_ready(struct dovetail_redis *redis)
 	dovetail_redis_set_state(redis, DOVETAIL_REDIS_READY);
 	redis->ready_msecs = dovetail_redis_now_msecs();
 	timeout_remove(&redis->to);
-	if (redis->conn->out->used == 0)
-		dovetail_redis_conn_wipe_output(redis->conn);
+	/* it has had the password */
+	safe_memset(buffer_get_space_unsafe(redis->conn->out, 0,
+		buffer_get_writable_size(redis->conn->out)), 0,
+		buffer_get_writable_size(redis->conn->out));
 	i_free(redis->last_error);
 	if (outage_remove(redis))
 		e_info(redis->event, "Connected");
@@ -748,7 +723,7 @@ static void dovetail_redis_connect_failed(struct dovetail_redis *redis)
 	int fd;
 
 	if (redis->ip_idx < redis->ips_count) {
-		io_remove(&conn->io_write);
+		io_remove(&conn->io);
 		i_close_fd(&conn->fd);
 		fd = dovetail_redis_connect_next_ip(redis);
 		if (fd != -1) {
@@ -762,22 +737,35 @@ static void dovetail_redis_connect_failed(struct dovetail_redis *redis)
 static void dovetail_redis_connected(struct dovetail_redis *redis)
 {
 	struct dovetail_redis_conn *conn = redis->conn;
+	const char *error;
 
 	errno = net_geterror(conn->fd);
 	if (errno != 0) {
 		dovetail_redis_connect_failed(redis);
 		return;
 	}
-	io_remove(&conn->io_write);
-	conn->io_read = io_add(conn->fd, IO_READ, dovetail_redis_input, redis);
+	io_remove(&conn->io);
+	conn->input = i_stream_create_fd(conn->fd, DOVETAIL_REDIS_READ_SIZE);
+	i_stream_set_init_buffer_size(conn->input, DOVETAIL_REDIS_READ_SIZE);
+	/* the callers bound what they have under way */
+	conn->output = o_stream_create_fd(conn->fd, SIZE_MAX);
+	o_stream_set_no_error_handling(conn->output, TRUE);
+	if (redis->url.tls &&
+	    dovetail_redis_tls_start(redis->tls, redis->event, redis->url.host,
+				     &conn->input, &conn->output, &conn->ssl,
+				     &error) < 0) {
+		dovetail_redis_fail(redis, t_strdup_printf("TLS failed: %s",
+							   error));
+		return;
+	}
+	conn->io = io_add_istream(conn->input, dovetail_redis_input, redis);
 	dovetail_redis_handshake(redis);
 }
 
 static void dovetail_redis_connect_wait(struct dovetail_redis *redis, int fd)
 {
 	redis->conn->fd = fd;
-	redis->conn->io_write = io_add(fd, IO_WRITE, dovetail_redis_connected,
-				       redis);
+	redis->conn->io = io_add(fd, IO_WRITE, dovetail_redis_connected, redis);
 	dovetail_redis_timeout_start(redis);
 }
 
@@ -834,7 +822,8 @@ static void dovetail_redis_connect(struct dovetail_redis *redis)
 
 struct dovetail_redis *
 dovetail_redis_init(struct event *event, const struct dovetail_redis_url *url,
-		    const char *password, unsigned int timeout_msecs,
+		    const char *password, struct dovetail_redis_tls *tls,
+		    unsigned int timeout_msecs,
 		    const struct dovetail_redis_callbacks *callbacks,
 		    void *context)
 {
@@ -853,7 +842,9 @@ dovetail_redis_init(struct event *event, const struct dovetail_redis_url *url,
 	redis->name = url->path != NULL ? redis->url.path :
 		p_strdup_printf(pool, strchr(url->host, ':') == NULL ?
 				"%s:%u" : "[%s]:%u", url->host, url->port);
+	i_assert(!url->tls || tls != NULL);
 	redis->password = i_strdup(password);
+	redis->tls = tls;
 	redis->timeout_msecs = timeout_msecs;
 	redis->callbacks = *callbacks;
 	redis->context = context;

@@ -7,14 +7,20 @@
 
 #include "net.h"
 
+struct istream;
+struct ostream;
 struct redisReply;
+struct ssl_iostream;
 struct dovetail_redis;
+struct dovetail_redis_tls;
 
 struct dovetail_redis_url {
 	/* path of a unix socket, or NULL */
 	const char *path;
 	const char *host;
 	in_port_t port;
+	/* rediss:// */
+	bool tls;
 	/* NULL: no ACL user */
 	const char *username;
 	unsigned int db;
@@ -24,15 +30,32 @@ struct dovetail_redis_url {
 };
 
 /* Parse dovetail_redis:
-     redis://[USER@]HOST[:PORT][/DB][?prefix=PREFIX]
+     redis[s]://[USER@]HOST[:PORT][/DB][?prefix=PREFIX]
      unix:PATH[?user=USER&db=DB&prefix=PREFIX]
    IPv6 addresses stand in []. A password in the URL is refused: every mail
    process can read the settings; it belongs into KEY_DIR/redis.password.
-   rediss:// is refused as not supported (yet).
    Returns 0, or -1 and error_r (data stack). */
 int dovetail_redis_url_parse(pool_t pool, const char *url,
 			     struct dovetail_redis_url *url_r,
 			     const char **error_r);
+
+/* Read what TLS needs, for all connections of this process, while we are root.
+   ca_file: certificates of those who may sign the server's; "": those the system
+   trusts. cert_file, key_file: our own certificate (chain) and key, PEM; "": none.
+   Returns 0, or -1 and error_r (data stack). */
+int dovetail_redis_tls_init(const char *ca_file, const char *cert_file,
+			    const char *key_file,
+			    struct dovetail_redis_tls **tls_r,
+			    const char **error_r);
+/* After the last connection. */
+void dovetail_redis_tls_deinit(struct dovetail_redis_tls **tls);
+/* Put TLS on top of the streams: nothing is sent before the server has proved
+   that it is host. event: parent for what is logged. Returns 0, or -1 and error_r
+   (data stack). */
+int dovetail_redis_tls_start(struct dovetail_redis_tls *tls,
+			     struct event *event, const char *host,
+			     struct istream **input, struct ostream **output,
+			     struct ssl_iostream **ssl_r, const char **error_r);
 
 struct dovetail_redis_callbacks {
 	/* Connected, authenticated, database selected: commands may be sent.
@@ -43,7 +66,7 @@ struct dovetail_redis_callbacks {
 	void (*lost)(void *context);
 };
 
-/* Starts connecting at once; retries after 50 ms, doubling to 2 s until a
+/* The process ignores SIGPIPE. Starts connecting at once; retries after 50 ms, doubling to 2 s until a
    connection has lasted. No callback is called before the ioloop runs.
    An outage is logged with event: as error when it begins, once for all
    connections of the process, and again when its reason is another one and it
@@ -51,10 +74,12 @@ struct dovetail_redis_callbacks {
    An address that does not let us connect, and a connection on which nothing
    comes while a command waits for its answer, are given up after timeout_msecs.
    Time in which the ioloop did not run does not count.
-   password may be NULL; kept in memory of our own, wiped at the end. */
+   password may be NULL; kept in memory of our own, wiped at the end.
+   tls must be given for a rediss:// URL, and outlive the connection. */
 struct dovetail_redis *
 dovetail_redis_init(struct event *event, const struct dovetail_redis_url *url,
-		    const char *password, unsigned int timeout_msecs,
+		    const char *password, struct dovetail_redis_tls *tls,
+		    unsigned int timeout_msecs,
 		    const struct dovetail_redis_callbacks *callbacks,
 		    void *context);
 /* Outstanding commands get their callback with reply NULL. Safe to call from

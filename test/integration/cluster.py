@@ -205,22 +205,24 @@ class Daemon:
 class Redis(Daemon):
     """A private redis-server that keeps what it acknowledged (AOF).
 
-    tcp: reached over loopback, else over a unix socket. The rest is how
-    dovetail shall reach it: ACL user, password, database, key prefix."""
+    tcp: reached over loopback, else over a unix socket. tls: over loopback,
+    with Redis' tls-... settings of this dict. The rest is how dovetail shall
+    reach it: ACL user, password, database, key prefix."""
 
     def __init__(self, directory, tcp=False, username=None, password=None,
-                 db=0, prefix=None):
+                 db=0, prefix=None, tls=None):
         super().__init__()
         self.dir = directory
         self.tcp, self.username, self.password = tcp, username, password
         self.db, self.prefix = db, prefix or "dovetail:"
-        self.port = free_port() if tcp else 0
+        self.port = free_port() if tcp or tls else 0
         self.socket = os.path.join(directory, "s")
         os.makedirs(directory, exist_ok=True)
         os.chmod(directory, 0o755)
         query = {"prefix": prefix}
-        if tcp:
-            self.url = "redis://%s127.0.0.1:%d/%d" % (
+        if tcp or tls:
+            self.url = "%s://%slocalhost:%d/%d" % (
+                "rediss" if tls else "redis",
                 username + "@" if username else "", self.port, db)
         else:
             self.url = "unix:" + self.socket
@@ -228,10 +230,14 @@ class Redis(Daemon):
         query = "&".join("%s=%s" % kv for kv in query.items() if kv[1])
         if query:
             self.url += "?" + query
-        conf = ["port %d" % self.port, "bind 127.0.0.1", "dir " + directory,
+        conf = ["port %d" % (0 if tls else self.port), "bind 127.0.0.1",
+                "dir " + directory,
                 "unixsocket " + self.socket, "unixsocketperm 777",
                 "appendonly yes", 'save ""', "daemonize no",
                 "logfile " + os.path.join(directory, "log")]
+        if tls:
+            conf += ["tls-port %d" % self.port] + [
+                "tls-%s %s" % option for option in tls.items()]
         if username:
             conf += ["user default off",
                      "user %s on >%s ~%s* +@all" % (username, password,

@@ -216,7 +216,7 @@ client_init(struct client *client, const char *url, const char *password,
 		i_panic("%s: %s", url, error);
 	i_zero(client);
 	client->str = str != NULL ? str : str_new(default_pool, 128);
-	client->redis = dovetail_redis_init(NULL, &set, password,
+	client->redis = dovetail_redis_init(NULL, &set, password, NULL,
 					    timeout_msecs, &client_callbacks,
 					    client);
 }
@@ -1065,6 +1065,8 @@ int main(void)
 		NULL
 	};
 
+	/* as in every service */
+	(void)signal(SIGPIPE, SIG_IGN);
 	server_path = getenv("REDIS_SERVER");
 	if (server_path == NULL || *server_path == '\0')
 		server_path = "redis-server";

@@ -131,6 +131,9 @@ static void test_dovetail_settings_unset(void)
 	test_end();
 }
 
+#define MUST_BEGIN \
+	"It must begin with redis://, rediss:// or unix:"
+
 static void test_dovetail_settings_invalid(void)
 {
 	static const struct {
@@ -148,8 +151,8 @@ static void test_dovetail_settings_invalid(void)
 		{ "dovetail_primary", "d", "'d' is neither this node (dovetail_node) nor one of dovetail_peers" },
 		{ "dovetail_primary", "a b", "'a b' is neither this node (dovetail_node) nor one of dovetail_peers" },
 		{ "dovetail_redis", "", "Not set: dovetail needs a Redis server, e.g. redis://127.0.0.1:6379/0" },
-		{ "dovetail_redis", "localhost", "It must begin with redis:// or unix:" },
-		{ "dovetail_redis", "rediss://localhost", "rediss:// (TLS) is not supported yet" },
+		{ "dovetail_redis", "localhost", MUST_BEGIN },
+		{ "dovetail_redis_ca_file", "/ca.pem", "Only for a Redis with TLS: dovetail_redis does not begin with rediss://" },
 		{ "dovetail_redis", "unix:/%d", "Variables (%) cannot be used here" },
 		{ "dovetail_key_dir", "keys", "'keys' does not begin with /" },
 		{ "dovetail_state_dir", "./x", "'./x' does not begin with /" },
@@ -220,6 +223,45 @@ static void test_dovetail_settings_limits(void)
 	test_end();
 }
 
+static void test_dovetail_settings_redis_tls(void)
+{
+	static const char *const tests[][4] = {
+		/* ca_file, cert_file, key_file, error */
+		{ "", "", "", NULL },
+		{ "/ca", "", "", NULL },
+		{ "/ca", "/cert", "/key", NULL },
+		{ "ca", "", "", "dovetail_redis_ca_file: 'ca' does not begin with /" },
+		{ "", "/cert", "", "dovetail_redis_key_file: A certificate (dovetail_redis_cert_file) needs its key, and the other way round" },
+		{ "", "", "/key", "dovetail_redis_key_file: A certificate (dovetail_redis_cert_file) needs its key, and the other way round" },
+	};
+	struct dovetail_settings set;
+	const char *error;
+	unsigned int i;
+
+	test_begin("dovetail settings: tls");
+	for (i = 0; i < N_ELEMENTS(tests); i++) {
+		const char *pairs[] = {
+			"dovetail_node", "a", "dovetail_primary", "a",
+			"dovetail_redis", "rediss://host",
+			"dovetail_redis_ca_file", tests[i][0],
+			"dovetail_redis_cert_file", tests[i][1],
+			"dovetail_redis_key_file", tests[i][2],
+			NULL
+		};
+
+		error = NULL;
+		test_assert_idx(parse(pairs, &set, &error) ==
+				(tests[i][3] == NULL ? 0 : -1), i);
+		test_assert_strcmp_idx(error, tests[i][3], i);
+		if (error == NULL) {
+			test_assert_strcmp_idx(set.redis_ca_file, tests[i][0], i);
+			test_assert_strcmp_idx(set.redis_cert_file, tests[i][1], i);
+			test_assert_strcmp_idx(set.redis_key_file, tests[i][2], i);
+		}
+	}
+	test_end();
+}
+
 static void test_dovetail_redis_url(void)
 {
 	static const struct {
@@ -227,21 +269,23 @@ static void test_dovetail_redis_url(void)
 		struct dovetail_redis_url result;
 	} tests[] = {
 		{ "redis://localhost",
-		  { NULL, "localhost", 6379, NULL, 0, "dovetail:" } },
+		  { NULL, "localhost", 6379, FALSE, NULL, 0, "dovetail:" } },
 		{ "redis://redis.example.org:6380/",
-		  { NULL, "redis.example.org", 6380, NULL, 0, "dovetail:" } },
+		  { NULL, "redis.example.org", 6380, FALSE, NULL, 0, "dovetail:" } },
 		{ "redis://me@10.0.0.1:1/15?prefix=x:",
-		  { NULL, "10.0.0.1", 1, "me", 15, "x:" } },
+		  { NULL, "10.0.0.1", 1, FALSE, "me", 15, "x:" } },
 		{ "redis://[::1]",
-		  { NULL, "::1", 6379, NULL, 0, "dovetail:" } },
+		  { NULL, "::1", 6379, FALSE, NULL, 0, "dovetail:" } },
 		{ "redis://me@[fe80::1]:65535/1",
-		  { NULL, "fe80::1", 65535, "me", 1, "dovetail:" } },
+		  { NULL, "fe80::1", 65535, FALSE, "me", 1, "dovetail:" } },
 		{ "redis://host?prefix={mail}",
-		  { NULL, "host", 6379, NULL, 0, "{mail}" } },
+		  { NULL, "host", 6379, FALSE, NULL, 0, "{mail}" } },
+		{ "rediss://me@host/2",
+		  { NULL, "host", 6379, TRUE, "me", 2, "dovetail:" } },
 		{ "unix:/run/redis.sock",
-		  { "/run/redis.sock", NULL, 0, NULL, 0, "dovetail:" } },
+		  { "/run/redis.sock", NULL, 0, FALSE, NULL, 0, "dovetail:" } },
 		{ "unix:/a@b:c?user=me&db=2&prefix=p",
-		  { "/a@b:c", NULL, 0, "me", 2, "p" } },
+		  { "/a@b:c", NULL, 0, FALSE, "me", 2, "p" } },
 	};
 	const struct dovetail_redis_url *result;
 	struct dovetail_redis_url url;
@@ -259,6 +303,7 @@ static void test_dovetail_redis_url(void)
 		test_assert_strcmp_idx(url.path, result->path, i);
 		test_assert_strcmp_idx(url.host, result->host, i);
 		test_assert_idx(url.port == result->port, i);
+		test_assert_idx(url.tls == result->tls, i);
 		test_assert_strcmp_idx(url.username, result->username, i);
 		test_assert_idx(url.db == result->db, i);
 		test_assert_strcmp_idx(url.prefix, result->prefix, i);
@@ -272,10 +317,11 @@ static void test_dovetail_redis_url_invalid(void)
 	"A password does not belong into the URL, which every mail process " \
 	"can read; write it into the file redis.password in dovetail_key_dir"
 	static const char *const tests[][2] = {
-		{ "", "It must begin with redis:// or unix:" },
-		{ "REDIS://host", "It must begin with redis:// or unix:" },
-		{ "/run/redis.sock", "It must begin with redis:// or unix:" },
-		{ "rediss://host", "rediss:// (TLS) is not supported yet" },
+		{ "", MUST_BEGIN },
+		{ "REDIS://host", MUST_BEGIN },
+		{ "/run/redis.sock", MUST_BEGIN },
+		{ "rediss://", "Invalid host or port ''" },
+		{ "rediss://me:secret@host", NO_PASSWORD },
 		{ "redis://", "Invalid host or port ''" },
 		{ "redis:///1", "Invalid host or port ''" },
 		{ "redis://:6379", "Invalid host or port ':6379'" },
@@ -334,6 +380,7 @@ int main(void)
 		test_dovetail_settings_unset,
 		test_dovetail_settings_invalid,
 		test_dovetail_settings_limits,
+		test_dovetail_settings_redis_tls,
 		test_dovetail_redis_url,
 		test_dovetail_redis_url_invalid,
 		NULL
