@@ -16,11 +16,15 @@
 #define NONCE_SIZE crypto_aead_xchacha20poly1305_ietf_NPUBBYTES
 #define TAG_SIZE crypto_aead_xchacha20poly1305_ietf_ABYTES
 #define CIPHERTEXT_SIZE_SIZE 4
+#define ACK_MAC_SIZE 32
 
 _Static_assert(RECIPIENT_SIZE == 56, "as dovetail-seal.h draws it");
 _Static_assert(NONCE_SIZE == 24, "as dovetail-seal.h draws it");
 _Static_assert(NONCE_SIZE == crypto_box_NONCEBYTES, "one nonce serves both");
 _Static_assert(crypto_sign_BYTES == 64, "as dovetail-seal.h draws it");
+_Static_assert(crypto_box_BEFORENMBYTES >= crypto_generichash_KEYBYTES_MIN &&
+	       crypto_box_BEFORENMBYTES <= crypto_generichash_KEYBYTES_MAX,
+	       "a shared secret can be the key of a hash");
 _Static_assert(SEAL_MAGIC_SIZE + 4 + 4 * 8 + DOVETAIL_KEY_ID_SIZE +
 	      DOVETAIL_HASH_SIZE + 1 == SEAL_FIXED_SIZE,
 	      "as dovetail-seal.h draws it");
@@ -75,6 +79,23 @@ entry_hash(unsigned char hash_r[DOVETAIL_HASH_SIZE], const void *entry,
 				 signed_size, NULL, 0);
 }
 
+/* Of the signature, or what an ack has in its place. */
+static size_t
+signature_size(enum dovetail_entry_kind kind, unsigned int recipient_count)
+{
+	return kind == DOVETAIL_ENTRY_ACK ? recipient_count * ACK_MAC_SIZE :
+		crypto_sign_BYTES;
+}
+
+static void
+ack_mac(unsigned char mac_r[ACK_MAC_SIZE],
+	const unsigned char hash[DOVETAIL_HASH_SIZE],
+	const struct dovetail_public_key *other)
+{
+	(void)crypto_generichash(mac_r, ACK_MAC_SIZE, hash, DOVETAIL_HASH_SIZE,
+				 other->shared, sizeof(other->shared));
+}
+
 /* ---- seal ---- */
 
 static void put_be64(buffer_t *dest, uint64_t num)
@@ -127,7 +148,7 @@ void dovetail_seal(const struct dovetail_keyring *keyring,
 	i_assert(count > 0 && count <= DOVETAIL_RECIPIENTS_MAX);
 	i_assert(size <= DOVETAIL_ENTRY_MAX_SIZE - SEAL_FIXED_SIZE -
 		 count * RECIPIENT_SIZE - NONCE_SIZE - CIPHERTEXT_SIZE_SIZE -
-		 TAG_SIZE - crypto_sign_BYTES);
+		 TAG_SIZE - signature_size(head->kind, count));
 
 	randombytes_buf(random, sizeof(random));
 
@@ -148,9 +169,15 @@ void dovetail_seal(const struct dovetail_keyring *keyring,
 	sodium_memzero(random, sizeof(random));
 
 	entry_hash(hash_r, entry, dest->used - start);
-	(void)crypto_sign_detached(
-		buffer_append_space_unsafe(dest, crypto_sign_BYTES), NULL,
-		hash_r, DOVETAIL_HASH_SIZE, dovetail_keyring_sign_sk(keyring));
+	space = buffer_append_space_unsafe(dest,
+					   signature_size(head->kind, count));
+	if (head->kind != DOVETAIL_ENTRY_ACK) {
+		(void)crypto_sign_detached(space, NULL, hash_r,
+			DOVETAIL_HASH_SIZE, dovetail_keyring_sign_sk(keyring));
+		return;
+	}
+	for (i = 0; i < count; i++)
+		ack_mac(space + i * ACK_MAC_SIZE, hash_r, recipients[i]);
 }
 
 /* ---- open ---- */
@@ -161,7 +188,7 @@ entry_parse(const unsigned char *entry, size_t size, struct sealed *s,
 	    const char **problem_r)
 {
 	struct dovetail_entry_head *head = &s->head;
-	size_t pos, left;
+	size_t pos, left, sig_size;
 
 	i_zero(s);
 	if (size > DOVETAIL_ENTRY_MAX_SIZE) {
@@ -195,9 +222,10 @@ entry_parse(const unsigned char *entry, size_t size, struct sealed *s,
 
 	pos = SEAL_FIXED_SIZE + s->recipient_count * RECIPIENT_SIZE +
 		NONCE_SIZE + CIPHERTEXT_SIZE_SIZE;
-	if (size < pos + TAG_SIZE + crypto_sign_BYTES)
+	sig_size = signature_size(head->kind, s->recipient_count);
+	if (size < pos + TAG_SIZE + sig_size)
 		return DOVETAIL_OPEN_MALFORMED;
-	left = size - pos - crypto_sign_BYTES;
+	left = size - pos - sig_size;
 	s->ciphertext_size =
 		be32_to_cpu_unaligned(entry + pos - CIPHERTEXT_SIZE_SIZE);
 	if (s->ciphertext_size > left)
@@ -244,15 +272,31 @@ entry_claim(const struct dovetail_keyring *keyring, const struct sealed *s)
 }
 
 static bool
+signature_is_right(const struct sealed *s,
+		   const unsigned char hash[DOVETAIL_HASH_SIZE],
+		   const struct dovetail_public_key *key, unsigned int idx)
+{
+	unsigned char mac[ACK_MAC_SIZE];
+
+	if (s->head.kind != DOVETAIL_ENTRY_ACK) {
+		return crypto_sign_verify_detached(s->signature, hash,
+			DOVETAIL_HASH_SIZE, key->sign_pk) == 0;
+	}
+	ack_mac(mac, hash, key);
+	return sodium_memcmp(mac, s->signature + idx * ACK_MAC_SIZE,
+			     sizeof(mac)) == 0;
+}
+
+/* idx: which recipient we are, for an ack */
+static bool
 entry_verify(const unsigned char *entry, const struct sealed *s,
-	     const struct dovetail_public_key *key,
+	     const struct dovetail_public_key *key, unsigned int idx,
 	     struct dovetail_opened *opened_r)
 {
 	unsigned char hash[DOVETAIL_HASH_SIZE];
 
 	entry_hash(hash, entry, s->signed_size);
-	if (crypto_sign_verify_detached(s->signature, hash, sizeof(hash),
-					key->sign_pk) != 0)
+	if (!signature_is_right(s, hash, key, idx))
 		return FALSE;
 	opened_r->head = s->head;
 	opened_r->origin = key;
@@ -317,36 +361,31 @@ chain_has_gap(const struct dovetail_chain *chain,
 		memcmp(head->prev, chain->hash, DOVETAIL_HASH_SIZE) != 0;
 }
 
-static const unsigned char *
-wrapped_key_find(const struct sealed *s,
-		 const struct dovetail_public_key *self)
+/* Which recipient we are. */
+static bool
+recipient_find(const struct sealed *s, const struct dovetail_public_key *self,
+	       unsigned int *idx_r)
 {
 	const unsigned char *recipient = s->recipients;
-	unsigned int i;
 
-	for (i = 0; i < s->recipient_count; i++, recipient += RECIPIENT_SIZE) {
+	for (*idx_r = 0; *idx_r < s->recipient_count; *idx_r += 1) {
 		if (memcmp(recipient, self->id, DOVETAIL_KEY_ID_SIZE) == 0)
-			return recipient + DOVETAIL_KEY_ID_SIZE;
+			return TRUE;
+		recipient += RECIPIENT_SIZE;
 	}
-	return NULL;
+	return FALSE;
 }
 
 static enum dovetail_open_ret
-entry_decrypt(const struct dovetail_keyring *keyring,
-	      const unsigned char *entry, const struct sealed *s,
-	      const struct dovetail_public_key *origin, buffer_t *payload,
-	      const char **problem_r)
+entry_decrypt(const unsigned char *entry, const struct sealed *s,
+	      const struct dovetail_public_key *origin, unsigned int idx,
+	      buffer_t *payload, const char **problem_r)
 {
-	const unsigned char *wrapped =
-		wrapped_key_find(s, dovetail_keyring_self(keyring));
+	const unsigned char *wrapped = s->recipients + idx * RECIPIENT_SIZE +
+		DOVETAIL_KEY_ID_SIZE;
 	unsigned char key[MESSAGE_KEY_SIZE];
 	int ret;
 
-	if (wrapped == NULL) {
-		*problem_r = "our key is not among its recipients; "
-			"does the origin have our current public key?";
-		return DOVETAIL_OPEN_NOT_FOR_US;
-	}
 	ret = crypto_box_open_easy_afternm(key, wrapped, WRAPPED_KEY_SIZE,
 					   s->nonce, origin->shared);
 	if (ret == 0) {
@@ -374,6 +413,8 @@ entry_open(const struct dovetail_keyring *keyring,
 {
 	const struct dovetail_public_key *key;
 	enum dovetail_open_ret ret;
+	unsigned int idx;
+	bool for_us;
 
 	key = dovetail_keyring_find(keyring, s->key_id);
 	if (key == NULL) {
@@ -385,7 +426,10 @@ entry_open(const struct dovetail_keyring *keyring,
 			expect->origin != NULL ? expect->origin : "a peer");
 		return DOVETAIL_OPEN_WRONG_ORIGIN;
 	}
-	if (!entry_verify(entry, s, key, opened_r)) {
+	for_us = recipient_find(s, dovetail_keyring_self(keyring), &idx);
+	/* nobody but a recipient can check an ack */
+	if ((for_us || s->head.kind != DOVETAIL_ENTRY_ACK) &&
+	    !entry_verify(entry, s, key, idx, opened_r)) {
 		*problem_r = "its signature is wrong";
 		return DOVETAIL_OPEN_BAD_SIGNATURE;
 	}
@@ -394,7 +438,12 @@ entry_open(const struct dovetail_keyring *keyring,
 		return ret;
 	opened_r->gap = s->head.kind == DOVETAIL_ENTRY_LOG &&
 		chain_has_gap(expect->chain, &s->head);
-	return entry_decrypt(keyring, entry, s, key, payload, problem_r);
+	if (!for_us) {
+		*problem_r = "our key is not among its recipients; "
+			"does the origin have our current public key?";
+		return DOVETAIL_OPEN_NOT_FOR_US;
+	}
+	return entry_decrypt(entry, s, key, idx, payload, problem_r);
 }
 
 enum dovetail_open_ret
@@ -433,10 +482,10 @@ int dovetail_open_own(const struct dovetail_keyring *keyring,
 	i_zero(opened_r);
 	if (entry_parse(entry, size, &s, &problem) == DOVETAIL_OPEN_OK) {
 		key = dovetail_keyring_find(keyring, s.key_id);
-		if (key == NULL || strcmp(key->node,
-				dovetail_keyring_node(keyring)) != 0)
+		if (key == NULL || s.head.kind != DOVETAIL_ENTRY_LOG ||
+		    strcmp(key->node, dovetail_keyring_node(keyring)) != 0)
 			problem = "it is not ours";
-		else if (!entry_verify(entry, &s, key, opened_r))
+		else if (!entry_verify(entry, &s, key, 0, opened_r))
 			problem = "its signature is wrong";
 	}
 	if (problem != NULL) {

@@ -27,9 +27,15 @@
           .    .  ciphertext: XChaCha20-Poly1305-IETF of the payload under the
                   message key, with the nonce; additional data: all bytes
                   before the ciphertext
-          .   64  Ed25519 signature of the hash
+          .    .  log: Ed25519 signature of the hash (64);
+                  ack: per recipient (32): BLAKE2b-256 of the hash, keyed with
+                  the shared secret of origin and recipient
 
    The hash of an entry is BLAKE2b-256 of all its bytes before the signature.
+   An ack has one reader, the node whose keys the recipients are, and nobody
+   else has to be convinced of it: what takes its signature's place costs a
+   hundredth of one. Only the reader could have made it, too, and it refuses
+   what names its own key as the origin.
    The same nonce serves the payload and every wrap: their keys all differ.
 
    The payload of a log entry is one group of changes: per change, num size and
@@ -158,7 +164,7 @@ dovetail_open(const struct dovetail_keyring *keyring,
 	      size_t size, buffer_t *payload, struct dovetail_opened *opened_r,
 	      const char **error_r);
 
-/* The same for an entry of our own, which we cannot decrypt: the signature is
+/* The same for a log entry of our own, which we cannot decrypt: the signature is
    ours. Used by the queue to find where its stream ends.
    Returns 0, or -1 and error_r. */
 int dovetail_open_own(const struct dovetail_keyring *keyring,

@@ -140,8 +140,8 @@ def secretbox(key, nonce24, plain):
     return poly1305(stream[:32], cipher) + cipher
 
 
-def blake2b(data):
-    return hashlib.blake2b(data, digest_size=32).digest()
+def blake2b(data, key=b""):
+    return hashlib.blake2b(data, digest_size=32, key=key).digest()
 
 
 def selftest():
@@ -436,7 +436,10 @@ class Entry:
         if patch_signed:
             patch_signed(signed)
         self.hash = blake2b(bytes(signed))
-        self.bytes = bytes(signed) + (signer or origin).sign.sign(self.hash)
+        signer = signer or origin
+        self.bytes = bytes(signed) + (
+            signer.sign.sign(self.hash) if kind != 2 else
+            b"".join(blake2b(self.hash, signer.shared(r)) for r in recipients))
 
     def text(self, gap=False):
         return ("kind=%d shard=%d shards=%d epoch=%d generation=%d seq=%d "
@@ -868,6 +871,12 @@ what NODE makes of an entry at the end of its own stream.""")
          place("a", "-", 2, 0, Chain(9, 999, 9, bytes(32))), e.bytes, e.text())
     e = Entry(B, [A], data, kind=2, generation=0, seq=0)
     f.ok("ack: needs no number", place("a", "b", 2), e.bytes, e.text())
+    e = Entry(B, [A_OLD, A], data, kind=2)
+    f.ok("ack: for all keys of its reader", place("a", "b", 2), e.bytes,
+         e.text())
+    f.ok("ack: what is for another key is that one's to check",
+         place("a", "b", 2), flip(e.bytes, len(e.bytes) - 33),
+         e.text())
     return f
 
 
@@ -916,7 +925,8 @@ Entries, refused. As entries.txt; after the ! stands the name of the outcome
             (len(e) - 64, "signature, first half", "bad-signature"),
             (len(e) - 32, "signature, second half", "bad-signature")):
         bad("flipped bit: %s, byte %d" % (name, pos), flip(e, pos), words)
-    bad("kind changed from log to ack", e[:5] + b"\x02" + e[6:],
+    bad("kind changed from log to ack", e[:5] + b"\x02" + e[6:], "malformed")
+    bad("kind changed from log to ack, and its size", e[:5] + b"\x02" + e[6:-32],
         "bad-signature")
     bad("nothing", b"", "malformed")
     bad("only the magic", e[:4], "malformed")
@@ -1010,9 +1020,45 @@ Entries, refused. As entries.txt; after the ! stands the name of the outcome
     bad("old and of an old epoch is just repeated", e, "repeated",
         chain=Chain(2, 100, 5, bytes(32)))
 
+    # acks: keyed with the secret that both ends share
+    where = {"reader": "a", "origin": "b", "kind": 2}
+    good = Entry(B, [A], ack()[0], kind=2)
+    e = good.bytes
+    for pos, name, words in (
+            (5, "kind", "malformed"), (6, "shard", "bad-signature"),
+            (32, "time", "bad-signature"), (40, "key id", "unknown-key"),
+            (81, "recipient's key id", "not-for-us"),
+            (89, "wrapped key", "bad-signature"),
+            (137, "nonce", "bad-signature"),
+            (165, "ciphertext", "bad-signature"),
+            (len(e) - 32, "signature", "bad-signature"),
+            (len(e) - 1, "signature", "bad-signature")):
+        bad("ack: flipped bit: %s, byte %d" % (name, pos), flip(e, pos),
+            words, **where)
+    bad("ack: cut off in the signature", e[:-1], "malformed", **where)
+    bad("ack: trailing byte", e + b"\0", "malformed", **where)
+    bad("ack: the signature that a log entry has",
+        e[:-32] + B.sign.sign(good.hash), "malformed", **where)
+    bad("ack: hash without a key", e[:-32] + blake2b(good.hash),
+        "bad-signature", **where)
+    for signer, name in ((X, "a stranger"), (C, "another peer")):
+        sealed("ack: of %s under a peer's key id" % name, "bad-signature",
+               where, origin=B, recipients=[A], payload=ack()[0], kind=2,
+               signer=signer)
+    sealed("ack: for another key of its reader only", "not-for-us", where,
+           origin=B, recipients=[A_OLD], payload=ack()[0], kind=2)
+    sealed("ack: the reader's own, whose secret is the same", "wrong-origin",
+           where, origin=A, recipients=[B], payload=ack()[0], kind=2)
+    sealed("ack: ... under the key id of the other end", "not-for-us",
+           where, origin=A, recipients=[B], payload=ack()[0], kind=2,
+           patch=setter(40, B.id))
+    e = Entry(A, [B], PAYLOAD, seq=5, prev=b"\x11" * 32).bytes
+
     f.bad("our stream's end: somebody else's entry", "own by=b", e, "not ours")
     f.bad("our stream's end: a stranger's entry", "own by=a",
           Entry(X, [A], PAYLOAD).bytes, "not ours")
+    f.bad("our stream's end: an ack of ours", "own by=a",
+          Entry(A, [B], ack()[0], kind=2).bytes, "not ours")
     f.bad("our stream's end: changed", "own by=a", flip(e, 170), "signature")
     f.bad("our stream's end: cut off", "own by=a", e[:-1], "cut off")
     return f
