@@ -78,6 +78,11 @@ def stream(redis, key):
             for id_, fields in redis("XRANGE", key, "-", "+")]
 
 
+def since(redis, key, id_):
+    """What was added after the ID"""
+    return [(i, entry) for i, entry in stream(redis, key) if parse_id(i) > id_]
+
+
 def rewrite(redis, key, entries):
     redis("DEL", key)
     for id_, entry in entries:
@@ -135,6 +140,20 @@ def forge(user, origin, recipients, ahead=50, **kw):
     return vectors.Entry(origin, recipients, payload, **kw)
 
 
+def flips(data):
+    """Copies with one bit flipped: in each byte one"""
+    return [data[:pos] + bytes([data[pos] ^ 1 << pos % 8]) + data[pos + 1:]
+            for pos in range(len(data))]
+
+
+def forge_report(origin, recipients, position, **kw):
+    """origin has everything up to the position."""
+    now = kw.setdefault("time", int(time.time() * 1000000))
+    payload = kw.pop("payload", None) or vectors.ack(*position, now, 1)[0]
+    kw.setdefault("kind", 2)
+    return vectors.Entry(origin, list(recipients), payload, **kw).bytes
+
+
 def assert_not_applied(user, name="forged"):
     for node in user.cluster.nodes:
         if node.running():
@@ -171,9 +190,19 @@ def wait_reasons(node, peer, wanted):
                                                    wanted))
 
 
+def wait_confirmed(cluster):
+    """b's reports get through to a."""
+    wait_for(lambda: status(cluster.a, "to", "b")["entries"] == "0",
+             "reports of b", 30)
+
+
+def new_log(node):
+    return node.log_text()[node.log_offset:]
+
+
 def assert_logged_once(node, key, *wanted):
     for reason in wanted:
-        lines = [line for line in node.log_text()[node.log_offset:].split("\n")
+        lines = [line for line in new_log(node).split("\n")
                  if re.search(r"Error: .*%s: .*refused \(%s\)" % (
                      re.escape(key), reason), line)]
         assert len(lines) == 1, (reason, lines)
@@ -253,18 +282,12 @@ def test_every_byte_flipped(pair, user):
             before = last_id(redis, key)
             with user.imap() as session:
                 session.do("CREATE flipped")
-            entries = [e for id_, e in stream(redis, key)
-                       if parse_id(id_) > before]
-            entry = max(entries, key=len)
+            entry = max((e for _, e in since(redis, key, before)), key=len)
             pair.a.stop()
             rewrite(redis, key, [(id_, e) for id_, e in stream(redis, key)
                                  if parse_id(id_) <= before])
             redis("XADD", key, "%d-%d" % (before[0], before[1] + 1), "x", "x")
-            flipped = []
-            for pos in range(len(entry)):
-                copy = bytearray(entry)
-                copy[pos] ^= 1 << pos % 8
-                flipped.append(bytes(copy))
+            flipped = flips(entry)
             append(redis, key, *flipped)
         # and the one with other fields
         wait_for(lambda: status(pair.b, "from", "a")["rejected"] ==
@@ -319,7 +342,6 @@ def test_bad_entries(pair, user):
     key = log_key(user)
     with Resp(pair) as redis, primary_away(user):
         with replica_away(user):
-            pair.a.stop()
             bad = bad_entries(user)
             append(redis, key, *(entry for _, entry in bad))
             generation, seq = last_id(redis, key)
@@ -352,7 +374,6 @@ def test_newer_format(pair, user):
         data[4] = 2
     with Resp(pair) as redis, primary_away(user):
         with replica_away(user):
-            pair.a.stop()
             newer = forge(user, a, [b], 1, patch=version)
             append(redis, key, newer.bytes)
         wait_reasons(pair.b, "a", {"version": 1})
@@ -501,8 +522,7 @@ def test_removed(pair, user, where):
                 session.do("CREATE lost")
                 session.do("SUBSCRIBE lost")
                 session.append("quiet", mail("lost mail"))
-            lost = [id_ for id_, _ in stream(redis, key)
-                    if parse_id(id_) > before]
+            lost = [id_ for id_, _ in since(redis, key, before)]
             if where == "middle":
                 user.lmtp(mail("not lost"))
             if where == "all":
@@ -553,8 +573,7 @@ def test_tail_removed_while_running(pair, user):
             before = last_id(redis, key)
             with user.imap() as session:
                 session.do("CREATE lost")
-            redis("XDEL", key, *[id_ for id_, _ in stream(redis, key)
-                                 if parse_id(id_) > before])
+            redis("XDEL", key, *[id_ for id_, _ in since(redis, key, before)])
         finally:
             for pid in workers:
                 os.kill(pid, signal.SIGCONT)
@@ -592,8 +611,7 @@ def test_garbage_id(pair, user, id_):
     user.wait_equal(30)
     assert_goes_on(user)
     # reports get through as well
-    wait_for(lambda: status(pair.a, "to", "b")["entries"] == "0",
-             "reports of b", 30)
+    wait_confirmed(pair)
     with Resp(pair) as redis:
         redis("DEL", log_key(user), "dovetail:ack:a")
     assert_goes_on(user)
@@ -610,8 +628,7 @@ def test_hidden_end(pair, user, id_):
         user.lmtp(mail("one"))
         user.wait_equal(30)
         assert_goes_on(user)
-        wait_for(lambda: status(pair.a, "to", "b")["entries"] == "0",
-                 "reports of b", 30)
+        wait_confirmed(pair)
         redis("DEL", log_key(user))
     assert_goes_on(user)
 
@@ -635,8 +652,7 @@ def test_other_types(pair, user):
         session.do("CREATE two")
     user.wait_equal(30)
     assert_goes_on(user)
-    wait_for(lambda: status(pair.a, "to", "b")["entries"] == "0",
-             "reports of b", 30)
+    wait_confirmed(pair)
 
 
 def test_other_type_stays(pair, user):
@@ -646,13 +662,12 @@ def test_other_type_stays(pair, user):
     key = log_key(user)
     back = pair.user(pair.b)
     with Resp(pair) as redis, primary_away(user):
-        pair.a.stop()
         redis("DEL", key)
         redis("SET", key, "not a stream")
         wait_for(lambda: "not a stream" in status(
             pair.b, "from", "a")["connection"], "the status", 30)
         assert re.search(r"Error: .*%s: Redis has a string in the place" % key,
-                         pair.b.log_text()[pair.b.log_offset:])
+                         new_log(pair.b))
     back.lmtp(mail("of b"))
     back.wait_equal()
     assert_goes_on(user)
@@ -715,26 +730,20 @@ def test_bad_reports(pair, user):
             now = int(time.time() * 1000000) + 10 ** 6
             payload = vectors.ack(generation, seq, now, 1)[0]
 
-            def ack(origin=b, recipients=(a,), payload=payload, **kw):
+            def ack(origin=b, recipients=(a,), position=(generation, seq),
+                    **kw):
                 kw.setdefault("shard", shard(user))
-                kw.setdefault("seq", 1)
-                return vectors.Entry(origin, list(recipients), payload,
-                                     kind=kw.pop("kind", 2), time=now,
-                                     **kw).bytes
+                return forge_report(origin, recipients, position, time=now,
+                                    **kw)
             good = ack()
-            flipped = []
-            for pos in range(len(good)):
-                copy = bytearray(good)
-                copy[pos] ^= 1 << pos % 8
-                flipped.append(bytes(copy))
-            bad = flipped + [
+            bad = flips(good) + [
                 b"", good[:-1], good + b"\0", bytes(6 * 1024 * 1024),
                 ack(x), ack(x, key_id=b.id), ack(a), ack(kind=1),
                 ack(recipients=[x]), ack(shard=200, shards=201),
                 ack(payload=payload[:-1]), b"DVTL\x09",
                 # it confirms what was never sent
-                ack(payload=vectors.ack(generation, seq + 1000, now, 1)[0]),
-                ack(payload=vectors.ack(2 ** 64 - 1, 1, now, 1)[0])]
+                ack(position=(generation, seq + 1000)),
+                ack(position=(2 ** 64 - 1, 1))]
             # what was said before
             old = [e for _, e in stream(redis, key)]
             for entry in bad + old:
@@ -747,15 +756,14 @@ def test_bad_reports(pair, user):
                     int(status(pair.a, "to", "b")["rejected"]) >= len(bad)
             wait_for(counted, "bad reports to be counted")
             assert int(status(pair.a, "to", "b")["entries"]) > 0
-            text = pair.a.log_text()[pair.a.log_offset:]
+            text = new_log(pair.a)
             lines = re.findall(r"Error: .*Report .* is refused.*", text)
             assert 5 <= len(lines) < 30, lines
             # still there for the replica
             assert parse_id(stream(redis, log_key(user))[-1][0]) >= \
                 (generation, seq)
     assert_goes_on(user)
-    wait_for(lambda: status(pair.a, "to", "b")["entries"] == "0",
-             "reports of b")
+    wait_confirmed(pair)
 
 
 def test_report_of_the_replica_counts(pair, user):
@@ -764,15 +772,14 @@ def test_report_of_the_replica_counts(pair, user):
     with Resp(pair) as redis:
         with replica_away(user):
             user.lmtp(mail("not confirmed"))
-            time.sleep(0.2)
+            wait_for(lambda: int(status(pair.a, "to", "b")["entries"]) > 0,
+                     "the entry")
             for n in range(SHARDS):
                 if not redis("EXISTS", "dovetail:log:a:%d" % n):
                     continue
-                generation, seq = last_id(redis, "dovetail:log:a:%d" % n)
-                now = int(time.time() * 1000000)
-                redis("XADD", "dovetail:ack:a", "*", "e", vectors.Entry(
-                    b, [a], vectors.ack(generation, seq, now, 1)[0], kind=2,
-                    shard=n, time=now).bytes)
+                position = last_id(redis, "dovetail:log:a:%d" % n)
+                redis("XADD", "dovetail:ack:a", "*", "e", forge_report(
+                    b, [a], position, shard=n))
             wait_for(lambda: int(status(pair.a, "to", "b")["entries"]) <= 1,
                      "the forged report")
     # the replica corrects it
@@ -934,8 +941,7 @@ def test_answers_altered(tapped, alter):
     with user.imap() as session:
         session.do("CREATE after")
     user.wait_equal(60)
-    text = "".join(node.log_text()[node.log_offset:]
-                   for node in tapped.nodes)
+    text = "".join(map(new_log, tapped.nodes))
     assert not re.search("Panic|Fatal|killed with signal", text)
     assert busy < 0.3
 
