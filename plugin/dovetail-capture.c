@@ -630,6 +630,7 @@ static int capture_records(struct capture *c,
 			/* Somebody else's record: they may have queued it. */
 			asked = TRUE;
 			if (dovetail_queue_client_position(c->duser->client,
+					c->duser->user->username,
 					mailbox->guid, record->pos.index_id,
 					c->deadline, &known, &error) > 0 &&
 			    dovetail_log_pos_cmp(&known, &mailbox->from) > 0) {

@@ -39,7 +39,7 @@ enum dovetail_frame_type {
 	   1: the same, 2: answer when applied), change bytes to the end.
 	   Answer: REPLY. */
 	DOVETAIL_FRAME_CHANGE = 5,
-	/* num tag, guid mailbox, num index_id: how far is it queued?
+	/* num tag, str user, guid mailbox, num index_id: how far is it queued?
 	   Answer: POSITION. */
 	DOVETAIL_FRAME_POSITION_GET = 6,
 	/* num tag, u8 level: would a change reach that ack level now?

@@ -561,6 +561,7 @@ static int queue_client_ask(struct dovetail_queue_client *client,
 }
 
 int dovetail_queue_client_position(struct dovetail_queue_client *client,
+				   const char *user,
 				   const guid_128_t mailbox_guid,
 				   uint32_t index_id, uint64_t deadline,
 				   struct dovetail_log_pos *pos_r,
@@ -577,6 +578,7 @@ int dovetail_queue_client_position(struct dovetail_queue_client *client,
 	waiter = queue_client_add_waiter(client, &tag);
 	offset = dovetail_frame_begin(client->out, DOVETAIL_FRAME_POSITION_GET);
 	dovetail_wire_put_num(client->out, tag);
+	dovetail_wire_put_str(client->out, user);
 	dovetail_wire_put_guid(client->out, mailbox_guid);
 	dovetail_wire_put_num(client->out, index_id);
 	dovetail_frame_end(client->out, offset);

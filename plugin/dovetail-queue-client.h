@@ -70,6 +70,7 @@ void dovetail_queue_client_cancel(struct dovetail_queue_client *client,
 /* How far the queue has the mailbox. pos_r->index_id is as given.
    Returns 1: pos_r is set.  0: the queue does not know.  -1: error_r. */
 int dovetail_queue_client_position(struct dovetail_queue_client *client,
+				   const char *user,
 				   const guid_128_t mailbox_guid,
 				   uint32_t index_id, uint64_t deadline,
 				   struct dovetail_log_pos *pos_r,

@@ -399,7 +399,7 @@ change_get_position(const struct dovetail_change *change,
 	    mbox->to.index_id == 0 || mbox->to.file_seq == 0)
 		return FALSE;
 	i_zero(position_r);
-	guid_128_copy(position_r->guid, mbox->guid);
+	dovetail_queue_positions_id(change->user, mbox->guid, position_r->id);
 	position_r->from = mbox->from;
 	position_r->to = mbox->to;
 	position_r->snapshot = (mbox->flags & DOVETAIL_MAILBOX_SNAPSHOT) != 0;
@@ -544,18 +544,21 @@ static int conn_handle_position_get(struct dovetail_queue_conn *conn,
 				    struct dovetail_wire_reader *r)
 {
 	struct dovetail_log_pos pos;
-	guid_128_t guid;
+	guid_128_t guid, id;
+	const char *user;
 	uint64_t tag;
 	uint32_t index_id;
 	buffer_t *buf;
 	size_t offset;
 
 	tag = dovetail_wire_get_num(r);
+	user = dovetail_wire_get_str(r, pool_datastack_create());
 	dovetail_wire_get_guid(r, guid);
 	index_id = dovetail_wire_get_num32(r);
 	if (!dovetail_wire_reader_done(r))
 		return -1;
-	if (!dovetail_queue_positions_get(conn->queue->positions, guid,
+	dovetail_queue_positions_id(user, guid, id);
+	if (!dovetail_queue_positions_get(conn->queue->positions, id,
 					  index_id, &pos))
 		i_zero(&pos);
 	offset = conn_frame(&buf, DOVETAIL_FRAME_POSITION);

@@ -6,6 +6,8 @@
 #include "llist.h"
 #include "dovetail-queue-positions.h"
 
+#include <sodium.h>
+
 /* index_id is the mailbox's */
 struct place {
 	uint32_t file_seq, file_offset;
@@ -29,7 +31,7 @@ struct mailbox_position {
 	/* in the order of use */
 	struct mailbox_position *prev, *next;
 
-	guid_128_t guid;
+	guid_128_t id;
 	uint32_t index_id;
 	/* empty when nothing is known */
 	struct span stored;
@@ -46,6 +48,17 @@ struct dovetail_queue_positions {
 	struct mailbox_position *head, *tail;
 	unsigned int max_count;
 };
+
+void dovetail_queue_positions_id(const char *user, const guid_128_t guid,
+				 guid_128_t id_r)
+{
+	_Static_assert(GUID_128_SIZE >= crypto_generichash_KEYBYTES_MIN,
+		       "a GUID can be the key of a hash");
+
+	(void)crypto_generichash(id_r, GUID_128_SIZE,
+				 (const unsigned char *)user, strlen(user),
+				 guid, GUID_128_SIZE);
+}
 
 static struct place place_of(const struct dovetail_log_pos *pos)
 {
@@ -119,7 +132,7 @@ dovetail_queue_positions_init(unsigned int max_count)
 static void position_free(struct dovetail_queue_positions *table,
 			  struct mailbox_position *mp)
 {
-	const uint8_t *key = mp->guid;
+	const uint8_t *key = mp->id;
 
 	hash_table_remove(table->mailboxes, key);
 	DLLIST2_REMOVE(&table->head, &table->tail, mp);
@@ -148,11 +161,11 @@ dovetail_queue_positions_count(const struct dovetail_queue_positions *table)
 
 static struct mailbox_position *
 position_lookup(struct dovetail_queue_positions *table,
-		const guid_128_t guid)
+		const guid_128_t id)
 {
 	struct mailbox_position *mp;
 
-	mp = hash_table_lookup(table->mailboxes, guid);
+	mp = hash_table_lookup(table->mailboxes, id);
 	if (mp != NULL && mp != table->tail) {
 		DLLIST2_REMOVE(&table->head, &table->tail, mp);
 		DLLIST2_APPEND(&table->head, &table->tail, mp);
@@ -161,18 +174,18 @@ position_lookup(struct dovetail_queue_positions *table,
 }
 
 static struct mailbox_position *
-position_get(struct dovetail_queue_positions *table, const guid_128_t guid,
+position_get(struct dovetail_queue_positions *table, const guid_128_t id,
 	     uint32_t index_id)
 {
 	struct mailbox_position *mp, *next;
 	uint8_t *key;
 
-	mp = position_lookup(table, guid);
+	mp = position_lookup(table, id);
 	if (mp == NULL) {
 		mp = i_new(struct mailbox_position, 1);
-		guid_128_copy(mp->guid, guid);
+		guid_128_copy(mp->id, id);
 		mp->index_id = index_id;
-		key = mp->guid;
+		key = mp->id;
 		hash_table_insert(table->mailboxes, key, mp);
 		DLLIST2_APPEND(&table->head, &table->tail, mp);
 
@@ -206,7 +219,7 @@ dovetail_queue_positions_check(struct dovetail_queue_positions *table,
 	/* a part of a record claims no place, so no place tells about it */
 	if (change->snapshot || place_cmp(span.lo, span.hi) == 0)
 		return DOVETAIL_QUEUE_KNOWN_NOT;
-	mp = position_lookup(table, change->guid);
+	mp = position_lookup(table, change->id);
 	if (mp == NULL || mp->index_id != change->to.index_id ||
 	    change->from.index_id != change->to.index_id)
 		return DOVETAIL_QUEUE_KNOWN_NOT;
@@ -242,7 +255,7 @@ void dovetail_queue_positions_pending(struct dovetail_queue_positions *table,
 	struct pending *pending;
 	unsigned int i;
 
-	mp = position_get(table, change->guid, change->to.index_id);
+	mp = position_get(table, change->id, change->to.index_id);
 	if (mp->pending == NULL)
 		mp->pending = i_new(struct pending, 1);
 	pending = mp->pending;
@@ -301,10 +314,10 @@ void dovetail_queue_positions_done(struct dovetail_queue_positions *table,
 	struct mailbox_position *mp;
 	struct span span = change_span(change);
 
-	mp = position_lookup(table, change->guid);
+	mp = position_lookup(table, change->id);
 	if (mp == NULL) {
 		/* the failure of what we know nothing of must be known */
-		mp = position_get(table, change->guid, change->to.index_id);
+		mp = position_get(table, change->id, change->to.index_id);
 	}
 	if (mp->index_id != change->to.index_id) {
 		/* overtaken by a new index */
@@ -330,13 +343,13 @@ void dovetail_queue_positions_done(struct dovetail_queue_positions *table,
 }
 
 bool dovetail_queue_positions_get(struct dovetail_queue_positions *table,
-				  const guid_128_t guid, uint32_t index_id,
+				  const guid_128_t id, uint32_t index_id,
 				  struct dovetail_log_pos *pos_r)
 {
 	struct mailbox_position *mp;
 
 	i_zero(pos_r);
-	mp = position_lookup(table, guid);
+	mp = position_lookup(table, id);
 	if (mp == NULL || mp->index_id != index_id || mp->have_hole ||
 	    span_is_empty(&mp->stored))
 		return FALSE;

@@ -5,6 +5,9 @@
    processes may capture the same records of a mailbox's log, and the queue
    drops what it already has.
 
+   A mailbox's id is its GUID and its user together: a mail store that was copied
+   for another user has the same GUIDs.
+
    Per mailbox the table has the interval [lo, hi) of the log that Redis has
    accepted, and up to two more that are on their way (a group each). A change
    is known only if its whole [from, to) lies inside: after a failure, what
@@ -21,9 +24,12 @@ struct dovetail_queue_positions;
 /* Whatever the changes travel in; only compared. */
 struct dovetail_queue_group;
 
+void dovetail_queue_positions_id(const char *user, const guid_128_t guid,
+				 guid_128_t id_r);
+
 /* What the table keeps of a MAILBOX change while it is on its way. */
 struct dovetail_queue_position_change {
-	guid_128_t guid;
+	guid_128_t id;
 	struct dovetail_log_pos from, to;
 	bool snapshot;
 };
@@ -62,7 +68,7 @@ void dovetail_queue_positions_done(struct dovetail_queue_positions *table,
 /* Everything before pos_r is queued, as far as changes went through here.
    Returns FALSE when nothing is known, or when a change before failed. */
 bool dovetail_queue_positions_get(struct dovetail_queue_positions *table,
-				  const guid_128_t guid, uint32_t index_id,
+				  const guid_128_t id, uint32_t index_id,
 				  struct dovetail_log_pos *pos_r);
 
 unsigned int

@@ -162,9 +162,10 @@ class Client:
         self.send(CHECK, num(self.tag), bytes([level]))
         return self.reply(self.tag)
 
-    def position(self, guid, index_id=5):
+    def position(self, guid, index_id=5, user="alice"):
         self.tag += 1
-        self.send(POSITION_GET, num(self.tag), guid, num(index_id))
+        self.send(POSITION_GET, num(self.tag), bstr(user), guid,
+                  num(index_id))
         kind, r = self.read()
         assert kind == POSITION and r.num() == self.tag
         return r.num(), r.num()
@@ -414,6 +415,17 @@ def test_known_changes_are_dropped(node):
         assert client.change(delta(200, 300)) == OK
         assert client.change(delta(100, 250)) == OK
         assert chained(node.entries(shard)) == 8
+
+
+def test_copied_mail_stores(node):
+    """Two users' mailboxes may have the same GUID."""
+    with node.client() as client:
+        assert client.change(delta(40, 96)) == OK
+        assert client.change(delta(40, 90, user="copy of alice")) == OK
+        assert client.position(GUID) == (1, 96)
+        assert client.position(GUID, user="copy of alice") == (1, 90)
+        assert client.position(GUID, user="bob") == (0, 0)
+    assert chained(node.entries(0)) + chained(node.entries(1)) == 2
 
 
 def test_known_changes_wait_for_the_first(node):

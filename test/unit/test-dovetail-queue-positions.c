@@ -16,7 +16,7 @@ change(uint8_t mailbox, uint32_t index_id, uint32_t from, uint32_t to)
 	struct dovetail_queue_position_change c;
 
 	i_zero(&c);
-	c.guid[0] = mailbox;
+	c.id[0] = mailbox;
 	c.from.index_id = c.to.index_id = index_id;
 	c.from.file_seq = c.to.file_seq = 3;
 	c.from.file_offset = from;
