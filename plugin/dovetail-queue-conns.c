@@ -74,6 +74,7 @@ struct dovetail_queue_conn {
 	unsigned int users_count;
 
 	/* worker: */
+	struct dovetail_queue_conn *worker_prev, *worker_next;
 	unsigned int slot, slots;
 	ARRAY(struct dovetail_queue_user *) work;
 	pool_t report_pool;
@@ -684,9 +685,8 @@ dovetail_queue_conns_worker(struct dovetail_queue *queue, unsigned int shard)
 	struct dovetail_queue_conn *conn;
 
 	/* the newest first: an old process may be about to end */
-	for (conn = queue->conns; conn != NULL; conn = conn->next) {
-		if (conn->kind == DOVETAIL_CLIENT_WORKER && conn->hello &&
-		    !conn->failed && shard % conn->slots == conn->slot)
+	for (conn = queue->workers; conn != NULL; conn = conn->worker_next) {
+		if (!conn->failed && shard % conn->slots == conn->slot)
 			return array_count(&conn->work) < CONN_WORK_MAX ?
 				conn : NULL;
 	}
@@ -714,7 +714,7 @@ void dovetail_queue_conns_reports(struct dovetail_queue *queue,
 	struct dovetail_queue_conn *conn;
 	const char *const *const *rowp;
 
-	for (conn = queue->conns; conn != NULL; conn = conn->next) {
+	for (conn = queue->workers; conn != NULL; conn = conn->worker_next) {
 		if (conn->report_pool == NULL)
 			continue;
 		array_foreach(&conn->report, rowp)
@@ -758,6 +758,10 @@ static int conn_handle_hello(struct dovetail_queue_conn *conn,
 	conn->kind = kind;
 	conn->slot = slot;
 	conn->slots = slots;
+	if (kind == DOVETAIL_CLIENT_WORKER) {
+		DLLIST_PREPEND_FULL(&conn->queue->workers, conn,
+				    worker_prev, worker_next);
+	}
 	event_add_int(conn->event, "client_pid", pid);
 
 	offset = conn_frame(&buf, DOVETAIL_FRAME_WELCOME);
@@ -931,6 +935,10 @@ static void conn_destroy(struct dovetail_queue_conn *conn)
 	if (conn->input != NULL)
 		conn_input_delete(conn, conn->input->used);
 	DLLIST_REMOVE(&queue->conns, conn);
+	if (conn->hello && conn->kind == DOVETAIL_CLIENT_WORKER) {
+		DLLIST_REMOVE_FULL(&queue->workers, conn,
+				   worker_prev, worker_next);
+	}
 	io_remove(&conn->io);
 	o_stream_destroy(&conn->output);
 	if (close(conn->fd) < 0)

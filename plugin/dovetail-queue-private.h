@@ -271,7 +271,7 @@ struct dovetail_queue {
 	unsigned int dirty_count;
 	char *marks_error;
 
-	struct dovetail_queue_conn *conns;
+	struct dovetail_queue_conn *conns, *workers;
 	/* connections with something to send: flushed at the end of each
 	   callback */
 	ARRAY(struct dovetail_queue_conn *) flush;
