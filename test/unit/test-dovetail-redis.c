@@ -269,6 +269,22 @@ static void run_msecs(unsigned int msecs)
 	timeout_remove(&to);
 }
 
+static void busy_timeout(void *context ATTR_UNUSED)
+{
+	usleep(95000);
+	io_loop_stop(ioloop);
+}
+
+/* A handler takes longer than the tests' shortest timeout, but not so long that
+   the ioloop takes it for a change of the clock. */
+static void run_busy(void)
+{
+	struct timeout *to = timeout_add_short(0, busy_timeout, NULL);
+
+	io_loop_run(ioloop);
+	timeout_remove(&to);
+}
+
 #define client_send(client, ...) \
 	dovetail_redis_commandl((client)->redis, client_reply, client, \
 				__VA_ARGS__, NULL)
@@ -521,17 +537,17 @@ static void test_dovetail_redis_timeout(void)
 	client_deinit(&client);
 
 	/* It is us who were slow: the answer is there ... */
-	client_init(&client, tcp_url(), NULL, 200);
+	client_init(&client, tcp_url(), NULL, 80);
 	test_assert(client_wait(&client, 1, 0, 0));
 	client_send(&client, "PING");
-	usleep(500000);
+	run_busy();
 	test_assert(client_wait(&client, 0, 0, 1));
 	test_assert_strcmp(str_c(client.str), "PONG");
 	test_assert(client.lost_count == 0);
 	client_deinit(&client);
 	/* ... and so is the connection */
-	client_init(&client, tcp_url(), NULL, 200);
-	usleep(500000);
+	client_init(&client, tcp_url(), NULL, 80);
+	run_busy();
 	test_assert(client_wait(&client, 1, 0, 0));
 	client_deinit(&client);
 	server_kill();
