@@ -6,6 +6,7 @@
 #include "lib.h"
 #include "array.h"
 #include "ioloop.h"
+#include "mail-cache.h"
 #include "mail-storage-private.h"
 #include "mail-index-transaction-private.h"
 #include "mail-index-modseq.h"
@@ -223,12 +224,39 @@ static void dovetail_mailbox_allocated(struct mailbox *box)
 	MODULE_CONTEXT_SET(box, dovetail_mailbox_module, dbox);
 }
 
+/* sdbox and Maildir keep a message's save date in dovecot.index.cache only; where
+   it is not, they take the file's ctime, which they change themselves with each
+   copy and renaming. A cache forgets what clients do not ask for: not this. (As
+   with mail_always_cache_fields = date.save, but nobody needs to know.) */
+static void dovetail_keep_save_dates(struct mailbox *box)
+{
+	struct mail_cache_field field = {
+		.name = "date.save",
+		.type = MAIL_CACHE_FIELD_FIXED_SIZE,
+		.field_size = sizeof(uint32_t),
+		.decision = MAIL_CACHE_DECISION_YES |
+			MAIL_CACHE_DECISION_FORCED,
+	};
+	unsigned int idx;
+
+	if (box->cache == NULL || strcmp(box->storage->name, "mdbox") == 0)
+		return;
+	idx = mail_cache_register_lookup(box->cache, field.name);
+	if (idx != UINT_MAX &&
+	    mail_cache_register_get_field(box->cache, idx)->decision ==
+	    field.decision)
+		return;
+	mail_cache_register_fields(box->cache, &field, 1);
+}
+
 static void dovetail_mailbox_opened(struct mailbox *box)
 {
 	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
 
-	if (dbox == NULL || !dbox->duser->primary || dbox->internal ||
-	    box->index == NULL)
+	if (dbox == NULL || box->index == NULL)
+		return;
+	dovetail_keep_save_dates(box);
+	if (!dbox->duser->primary || dbox->internal)
 		return;
 	/* Without tracking, a message shows whatever HIGHESTMODSEQ was when a
 	   client asked first: no replica could promise to show as much. */

@@ -147,10 +147,10 @@ def age(pid):
     return 0
 
 
-def kill_9(pids):
+def send(number, pids):
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
 
 
 _libc = ctypes.CDLL(None)
@@ -476,15 +476,17 @@ class Node(Daemon):
         return False
 
     def stop(self):
-        """Until the last process is gone. Dovecot's master does not wait for
-        all of them, and one that is busy, or waits for the disk, keeps the
-        listeners: a start would find "Socket already exists". An init system
-        ends what is left over, and so does this."""
+        """Until the last process is gone, as an init system does it. Dovecot's
+        master does not wait for all: an imap process goes on as long as its
+        client has commands, and one that waits for the disk just then keeps
+        the listeners, and a start finds "Socket already exists"."""
         self.end(signal.SIGTERM)
+        send(signal.SIGTERM, self.pids())
         try:
             wait_for(lambda: not self.pids(), "processes to end")
         except AssertionError:
             self.kill_all()
+            raise
 
     def reload(self):
         self.write_conf()
@@ -496,13 +498,11 @@ class Node(Daemon):
         os.kill(self.process.pid, signal.SIGSTOP)
         wait_for(lambda: stat_fields(self.process.pid)[0] in "TZ",
                  "the master to stand still")
-        for pid in self.pids():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGSTOP)
+        send(signal.SIGSTOP, self.pids())
         self.kill_all()
 
     def kill_all(self):
-        kill_9(session_pids(self.process.pid))
+        send(signal.SIGKILL, session_pids(self.process.pid))
         self.process.wait()
         wait_for(lambda: not self.pids(), "killed processes to end")
 
@@ -545,7 +545,7 @@ class Node(Daemon):
         pids = wait_for(lambda: self.settled(service),
                         "a process of %s" % service) \
             if wait else self.settled(service)
-        kill_9(pids)
+        send(signal.SIGKILL, pids)
         return len(pids)
 
     @contextlib.contextmanager
@@ -921,9 +921,6 @@ ssl = no
 disable_plaintext_auth = no
 mail_plugins = {plugins}
 mail_max_userip_connections = 100
-# else the save date of sdbox and Maildir is the file's ctime, which the primary
-# itself changes with every hard link and rename
-mail_always_cache_fields = date.save
 first_valid_uid = 1
 auth_failure_delay = 0
 default_vsz_limit = 1G

@@ -176,6 +176,45 @@ def test_empty_and_tiny_messages(user):
         b"", b"\r\n", b"x", b"\r\n\r\n", b"Subject: only a header"]
 
 
+# -- dates
+
+def test_save_dates(pair, user):
+    """A message's save date is when it was saved or copied, on all nodes and
+    whatever happens to it later. (Dovecot alone forgets it in sdbox and
+    Maildir, where nobody asks for it, and takes the file's ctime.)"""
+    with user.imap() as session:
+        session.do("CREATE box")
+        begin = int(time.time())
+        session.append("INBOX", mail("one"), mail("two"))
+        user.lmtp(mail("three"))
+        pair.a.lda(user, mail("four"))
+        session.select("INBOX")
+        session.do("COPY 1:2 box")
+        end = time.time()
+        wait_for(lambda: time.time() > end + 1.1, "another second")
+        # new names in Maildir, new links in all formats
+        session.do(r"STORE 1:* +FLAGS (\Seen \Flagged key)")
+        session.do("CREATE later")
+        session.do("COPY 1:* later")
+        session.select("box")
+        session.do(r"STORE 1:* +FLAGS (\Answered)")
+    for node in user.replicas:
+        wait_for(lambda: not view.status_differences(
+            view.status(user.primary, user), view.status(node, user)),
+            "the replica")
+    for node in user.cluster.nodes:
+        # forgets what nobody wants
+        user.doveadm("mailbox cache purge", "INBOX", "box",
+                     "later", node=node)
+        boxes = view.view(node, user).mailboxes
+        for name in ("INBOX", "box"):
+            for uid, message in boxes[name].messages.items():
+                assert begin <= int(message.saved) <= end, (name, uid)
+        for message in boxes["later"].messages.values():
+            assert int(message.saved) > end
+    user.wait_equal()
+
+
 def watched(cluster):
     """Grows of all processes of both nodes."""
     return Memory(lambda: [pid for node in cluster.nodes
