@@ -63,24 +63,15 @@ static bool has_args(const struct doveadm_cmd_context *cctx)
 
 /* Says what is wrong when it returns -1. */
 static int
-settings_read(dovetail_settings_get_t *get, void *context, pool_t pool,
-	      struct dovetail_settings *set_r)
+doveadm_settings_read(struct dovetail_settings *set_r)
 {
 	const char *error;
 
-	if (dovetail_settings_parse(pool, doveadm_settings->base_dir,
-				    get, context, set_r, &error) < 0) {
+	if (dovetail_settings_parse(pool_datastack_create(),
+				    doveadm_settings->base_dir,
+				    dovetail_compat_doveadm_setting, NULL,
+				    set_r, &error) < 0) {
 		i_error("%s", error);
-		return -1;
-	}
-	return 0;
-}
-
-static int
-doveadm_settings_read(struct dovetail_settings *set_r)
-{
-	if (settings_read(dovetail_compat_doveadm_setting, NULL,
-			  pool_datastack_create(), set_r) < 0) {
 		doveadm_exit_code = EX_CONFIG;
 		return -1;
 	}
@@ -894,11 +885,14 @@ static int
 status_user_init(struct mail_user *user, struct status_user *suser_r)
 {
 	struct dovetail_settings set;
+	const char *error = "dovetail_node: Not set: dovetail needs this "
+		"node's name";
 
 	i_zero(suser_r);
-	if (settings_read(dovetail_compat_user_setting, user, user->pool,
-			  &set) < 0)
+	if (dovetail_compat_user_settings_read(user, &set, &error) <= 0) {
+		i_error("%s", error);
 		return -1;
+	}
 	suser_r->primary = set.primary;
 	suser_r->is_primary = strcmp(set.primary, set.node) == 0;
 	dovetail_origin_id(set.primary, suser_r->primary_id);

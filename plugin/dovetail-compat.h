@@ -2,7 +2,37 @@
 #define DOVETAIL_COMPAT_H
 
 /* What differs between Dovecot releases: resolved here, once, and nowhere
-   else. Each section needs the Dovecot headers it names, included before. */
+   else (but for the settings: dovetail-settings.c, dovetail-settings-module.c).
+   Each section needs the Dovecot headers it names, included before. lib.h is
+   enough for the first, which shared/ uses, too. */
+
+#define DOVETAIL_DOVECOT_24 DOVECOT_PREREQ(2, 4, 0)
+
+#if !DOVETAIL_DOVECOT_24
+#  define str_begins_with(haystack, needle) str_begins(haystack, needle)
+#endif
+
+#ifdef TEST_COMMON_H
+/* ---- unit tests: test-common.h ---- */
+
+#if DOVETAIL_DOVECOT_24
+#  define test_assert_memcmp_idx(m1, len1, m2, len2, i) \
+	test_assert_idx((len1) == (len2) && memcmp(m1, m2, len1) == 0, i)
+#  define test_assert_memcmp(m1, len1, m2, len2) \
+	test_assert((len1) == (len2) && memcmp(m1, m2, len1) == 0)
+#endif
+#endif
+
+#ifdef SETTINGS_PARSER_H
+/* ---- settings: settings-parser.h ---- */
+
+#if DOVETAIL_DOVECOT_24
+#  define settings_get_time_msecs(str, msecs_r, error_r) \
+	str_parse_get_interval_msecs(str, msecs_r, error_r)
+#  define settings_get_size(str, bytes_r, error_r) \
+	str_parse_get_size(str, bytes_r, error_r)
+#endif
+#endif
 
 /* libdovetail_settings.so and its settings root in Dovecot's config process, and
    Dovecot's own default of a setting that it hands on. */
@@ -15,7 +45,12 @@
 /* What went wrong with the index last. */
 static inline const char *dovetail_index_error(struct mail_index *index)
 {
+#if DOVETAIL_DOVECOT_24
+	enum mail_index_error_code code;
+	const char *error = mail_index_get_last_error(index, &code);
+#else
 	const char *error = mail_index_get_error_message(index);
+#endif
 
 	return error == NULL ? "unknown error" : error;
 }
@@ -71,8 +106,9 @@ dovetail_compat_ssl_client(struct ssl_iostream_context *ctx,
 #ifdef MAIL_USER_H
 /* ---- a user: mail-user.h ---- */
 
-/* dovetail_settings_get_t with a struct mail_user as context: the settings with
-   what the userdb said about this user. */
+#include "dovetail-settings.h"
+
+#if !DOVETAIL_DOVECOT_24
 static inline const char *
 dovetail_compat_user_setting(void *context, const char *name)
 {
@@ -80,58 +116,179 @@ dovetail_compat_user_setting(void *context, const char *name)
 }
 #endif
 
+/* The settings with what the userdb said about this user; strings live as long
+   as the user. Returns 1, 0: dovetail_node is not set, or -1 and error_r (data
+   stack). */
+static inline int
+dovetail_compat_user_settings_read(struct mail_user *user,
+				   struct dovetail_settings *set_r,
+				   const char **error_r)
+{
+#if DOVETAIL_DOVECOT_24
+	const struct dovetail_setting_values *values;
+	int ret = 0;
+
+	if (dovetail_setting_values_get(user->event, &values, error_r) < 0)
+		return -1;
+	if (dovetail_settings_are_set(dovetail_setting_values_find,
+				      (void *)values)) {
+		ret = dovetail_settings_parse(user->pool, user->set->base_dir,
+					      dovetail_setting_values_find,
+					      (void *)values, set_r,
+					      error_r) < 0 ? -1 : 1;
+	}
+	settings_free(values);
+	return ret;
+#else
+	if (!dovetail_settings_are_set(dovetail_compat_user_setting, user))
+		return 0;
+	return dovetail_settings_parse(user->pool, user->set->base_dir,
+				       dovetail_compat_user_setting, user,
+				       set_r, error_r) < 0 ? -1 : 1;
+#endif
+}
+#endif
+
 #if defined(MAIL_NAMESPACE_H) && defined(SETTINGS_PARSER_H)
 /* ---- a namespace: mail-namespace.h, mail-storage-settings.h,
    settings-parser.h ---- */
+
+#include "mail-storage-service.h"
 
 /* TRUE: it was made for a location somebody named on the way ("doveadm import"),
    not by the configuration: its mailboxes are not the user's. */
 static inline bool
 dovetail_compat_namespace_is_foreign(const struct mail_namespace *ns)
 {
+#if DOVETAIL_DOVECOT_24
+	const struct mail_storage_service_user *user = ns->user->service_user;
+
+	return user != NULL && (user->input.flags_override_add &
+				MAIL_STORAGE_SERVICE_FLAG_NO_NAMESPACES) != 0;
+#else
 	return str_begins(ns->unexpanded_set->location,
 			  SETTING_STRVAR_EXPANDED);
+#endif
 }
 #endif
 
 #ifdef DOVEADM_H
 /* ---- doveadm: doveadm.h ---- */
 
+#include "master-service.h"
+#include "dovetail-settings.h"
+
 /* dovetail_settings_get_t for commands that are not about a user. */
 static inline const char *
 dovetail_compat_doveadm_setting(void *context ATTR_UNUSED, const char *name)
 {
+#if DOVETAIL_DOVECOT_24
+	const struct dovetail_setting_values *values;
+	const char *value, *error;
+
+	if (dovetail_setting_values_get(
+			master_service_get_event(master_service),
+			&values, &error) < 0) {
+		i_error("%s", error);
+		return NULL;
+	}
+	value = t_strdup(dovetail_setting_values_find((void *)values, name));
+	settings_free(values);
+	return value;
+#else
 	return doveadm_plugin_getenv(name);
+#endif
 }
 
 #ifdef DOVEADM_MAIL_H
 /* The parameters of a per-user command's v.init. */
-#define DOVETAIL_COMPAT_MAIL_CMD_INIT_ARGS \
+#if DOVETAIL_DOVECOT_24
+#  define DOVETAIL_COMPAT_MAIL_CMD_INIT_ARGS \
+	struct doveadm_mail_cmd_context *ctx ATTR_UNUSED
+#else
+#  define DOVETAIL_COMPAT_MAIL_CMD_INIT_ARGS \
 	struct doveadm_mail_cmd_context *ctx ATTR_UNUSED, \
 	const char *const args[] ATTR_UNUSED
+#endif
 
 /* A per-user command's positional arguments, NULL-terminated. They are an array
-   parameter called name, or anything at all inside "doveadm batch". */
+   parameter called name, or on 2.3 anything at all inside "doveadm batch". */
 static inline const char *const *
 dovetail_compat_mail_cmd_args(struct doveadm_mail_cmd_context *ctx,
 			      const char *name ATTR_UNUSED)
 {
+#if DOVETAIL_DOVECOT_24
+	static const char *const none[] = { NULL };
+	const char *const *args;
+
+	return doveadm_cmd_param_array(ctx->cctx, name, &args) ? args : none;
+#else
 	return ctx->args;
+#endif
 }
 #endif
+#endif
+
+#ifdef MAIL_STORAGE_SERVICE_H
+/* ---- a service that opens users: mail-storage-service.h ---- */
+
+#include "mail-user.h"
+
+static inline struct mail_storage_service_ctx *
+dovetail_compat_storage_service_init(struct master_service *service,
+				     enum mail_storage_service_flags flags)
+{
+#if DOVETAIL_DOVECOT_24
+	return mail_storage_service_init(service, flags);
+#else
+	return mail_storage_service_init(service, NULL, flags);
+#endif
+}
+
+/* mail_storage_service_lookup_next(): the caller unreferences *service_user_r
+   after mail_user_deinit(). */
+static inline int
+dovetail_compat_user_open(struct mail_storage_service_ctx *ctx,
+			  struct mail_storage_service_input *input,
+			  struct mail_storage_service_user **service_user_r,
+			  struct mail_user **user_r, const char **error_r)
+{
+#if DOVETAIL_DOVECOT_24
+	int ret = mail_storage_service_lookup_next(ctx, input, user_r, error_r);
+
+	if (ret > 0) {
+		*service_user_r = (*user_r)->service_user;
+		mail_storage_service_user_ref(*service_user_r);
+	}
+	return ret;
+#else
+	input->module = "mail";
+	return mail_storage_service_lookup_next(ctx, input, service_user_r,
+						user_r, error_r);
+#endif
+}
 #endif
 
 #ifdef MASTER_SERVICE_SETTINGS_H
 /* ---- a service of ours: master-service.h, master-service-settings.h,
    settings-parser.h ---- */
 
+#include "dovetail-settings.h"
+
 /* Flags for a permanent service: the master does not end it for being idle. */
-#define DOVETAIL_COMPAT_SERVICE_FLAGS \
+#if DOVETAIL_DOVECOT_24
+#  define DOVETAIL_COMPAT_SERVICE_FLAGS \
+	(MASTER_SERVICE_FLAG_NO_IDLE_DIE | \
+	 MASTER_SERVICE_FLAG_NO_SSL_INIT)
+#else
+#  define DOVETAIL_COMPAT_SERVICE_FLAGS \
 	(MASTER_SERVICE_FLAG_NO_IDLE_DIE | \
 	 MASTER_SERVICE_FLAG_KEEP_CONFIG_OPEN | \
 	 MASTER_SERVICE_FLAG_DISABLE_SSL_SET)
+#endif
 
 #ifdef SETTINGS_PARSER_H
+#if !DOVETAIL_DOVECOT_24
 struct dovetail_compat_service_settings {
 	/* plugin { }: name, value, name, value, ... */
 	ARRAY(const char *) plugin_envs;
@@ -140,21 +297,60 @@ struct dovetail_compat_service_settings {
 struct dovetail_compat_module_settings {
 	const char *default_internal_user;
 };
+#endif
 
 struct dovetail_compat_service {
 	const char *base_dir;
 	/* whom to become when the administrator says user = root */
 	const char *default_internal_user;
+#if DOVETAIL_DOVECOT_24
+	const struct dovetail_setting_values *set;
+#else
 	const struct dovetail_compat_service_settings *set;
+#endif
 };
 
 /* Read Dovecot's configuration as the service name sees it. Call as root, once,
    after master_service_init(). Strings live as long as the service's settings.
    Returns 0, or -1 and error_r (data stack).
 
-   Never ask for the module "master": Dovecot's config process would read the
-   files anew, as for a reload, and this service and all later ones would get
-   what an administrator, or a program, is just writing there. */
+   On 2.3, never ask for the module "master": Dovecot's config process would
+   read the files anew, as for a reload, and this service and all later ones
+   would get what an administrator, or a program, is just writing there. */
+#if DOVETAIL_DOVECOT_24
+static inline int
+dovetail_compat_service_settings_read(struct master_service *service,
+				      const char *name,
+				      struct dovetail_compat_service *service_r,
+				      const char **error_r)
+{
+	struct event *event;
+	int ret;
+
+	if (master_service_settings_read_simple(service, error_r) < 0)
+		return -1;
+	event = event_create(master_service_get_event(service));
+	event_add_str(event, "protocol", name);
+	ret = dovetail_setting_values_get(event, &service_r->set, error_r);
+	event_unref(&event);
+	if (ret < 0)
+		return -1;
+	service_r->base_dir =
+		master_service_get_service_settings(service)->base_dir;
+	service_r->default_internal_user =
+		service_r->set->default_internal_user;
+	return 0;
+}
+
+/* dovetail_settings_get_t with a struct dovetail_compat_service as context. */
+static inline const char *
+dovetail_compat_service_setting(void *context, const char *name)
+{
+	const struct dovetail_compat_service *service = context;
+
+	return dovetail_setting_values_find((void *)service->set, name);
+}
+#else
 static inline int
 dovetail_compat_service_settings_read(struct master_service *service,
 				      const char *name,
@@ -239,6 +435,7 @@ dovetail_compat_service_setting(void *context, const char *name)
 	}
 	return NULL;
 }
+#endif
 #endif
 #endif
 

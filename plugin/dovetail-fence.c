@@ -5,6 +5,7 @@
 
 #include "lib.h"
 #include "mail-storage-private.h"
+#include "dovetail-compat.h"
 #include "dovetail-plugin.h"
 
 #define DOVETAIL_MAIL_CONTEXT(obj) \
@@ -63,7 +64,7 @@ static bool fence_is_reading(struct mail *mail)
 	if (strcmp(service, "pop3") == 0)
 		return TRUE;
 	return strcmp(service, "imap") == 0 && reason != NULL &&
-		(str_begins(reason, "FETCH") || str_begins(reason, "UID FETCH"));
+		(str_begins_with(reason, "FETCH") || str_begins_with(reason, "UID FETCH"));
 }
 
 static void dovetail_mail_update_flags(struct mail *_mail,

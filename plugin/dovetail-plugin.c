@@ -42,15 +42,15 @@ static void dovetail_mail_user_created(struct mail_user *user)
 	struct mail_user_vfuncs *v = user->vlast;
 	struct dovetail_user *duser;
 	const char *error;
+	int ret;
 
-	if (!dovetail_settings_are_set(dovetail_compat_user_setting, user)) {
+	duser = p_new(user->pool, struct dovetail_user, 1);
+	ret = dovetail_compat_user_settings_read(user, &duser->set, &error);
+	if (ret == 0) {
 		e_debug(user->event, "dovetail: dovetail_node is not set");
 		return;
 	}
-	duser = p_new(user->pool, struct dovetail_user, 1);
-	if (dovetail_settings_parse(user->pool, user->set->base_dir,
-				    dovetail_compat_user_setting, user,
-				    &duser->set, &error) < 0) {
+	if (ret < 0) {
 		/* Reading mail must go on; what is written meanwhile is found
 		   in the mailboxes once the setting is right. */
 		e_error(user->event, "dovetail: Not replicating: %s", error);

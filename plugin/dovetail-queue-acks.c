@@ -5,6 +5,7 @@
 #include "ioloop.h"
 #include "priorityq.h"
 #include "str-sanitize.h"
+#include "dovetail-compat.h"
 #include "dovetail-queue-private.h"
 
 #include <hiredis/hiredis.h>
@@ -264,7 +265,7 @@ static void acks_read_reply(struct redisReply *reply, void *context)
 	if (reply == NULL)
 		return;
 	if (reply->type == REDIS_REPLY_ERROR &&
-	    str_begins(reply->str, "WRONGTYPE")) {
+	    str_begins_with(reply->str, "WRONGTYPE")) {
 		acks_delete_stream(queue, "Something else stands in its place");
 		return;
 	}

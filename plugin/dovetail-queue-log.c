@@ -8,6 +8,7 @@
 #include "priorityq.h"
 #include "str-sanitize.h"
 #include "time-util.h"
+#include "dovetail-compat.h"
 #include "dovetail-queue-private.h"
 
 #include <hiredis/hiredis.h>
@@ -433,7 +434,7 @@ static void log_xadd_error(struct dovetail_queue_log *log,
 
 	if (strstr(error, "equal or smaller") != NULL ||
 	    strstr(error, "last possible ID") != NULL ||
-	    str_begins(error, "WRONGTYPE")) {
+	    str_begins_with(error, "WRONGTYPE")) {
 		/* The stream's end is not where we left it. */
 		group_requeue(group);
 		log_set_state(log, DOVETAIL_QUEUE_LOG_UNKNOWN);
@@ -797,7 +798,7 @@ static void log_sync_last_reply(struct redisReply *reply, void *context)
 	if (reply == NULL)
 		return;
 	if (reply->type == REDIS_REPLY_ERROR &&
-	    str_begins(reply->str, "WRONGTYPE")) {
+	    str_begins_with(reply->str, "WRONGTYPE")) {
 		log->sync.no_stream = TRUE;
 		return;
 	}

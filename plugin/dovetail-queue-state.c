@@ -4,6 +4,7 @@
 #include "byteorder.h"
 #include "hex-binary.h"
 #include "str.h"
+#include "dovetail-compat.h"
 #include "dovetail-queue-state.h"
 
 #include <ctype.h>
@@ -161,7 +162,7 @@ const char *dovetail_queue_mark_user(const char *name, const char *content)
 {
 	const char *user;
 
-	user = str_begins(name, "%-") ? content : mark_name_decode(name);
+	user = str_begins_with(name, "%-") ? content : mark_name_decode(name);
 	/* nothing but the very name that we would give */
 	if (user == NULL || *user == '\0' ||
 	    strcmp(dovetail_queue_mark_name(user), name) != 0)
@@ -174,7 +175,7 @@ int dovetail_queue_mark_write(const char *dir, const char *user,
 {
 	const char *name = dovetail_queue_mark_name(user);
 	const char *path = t_strconcat(dir, "/", name, NULL);
-	size_t len = str_begins(name, "%-") ? strlen(user) : 0;
+	size_t len = str_begins_with(name, "%-") ? strlen(user) : 0;
 	int fd;
 
 	fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
@@ -236,7 +237,7 @@ int dovetail_queue_marks_read(const char *dir,
 	while (errno = 0, (d = readdir(dirp)) != NULL) T_BEGIN {
 		const char *user, *content = "";
 
-		if (str_begins(d->d_name, "%-"))
+		if (str_begins_with(d->d_name, "%-"))
 			content = mark_read_content(dir, d->d_name);
 		user = dovetail_queue_mark_user(d->d_name, content);
 		if (user != NULL)

@@ -402,7 +402,7 @@ int main(int argc, char *argv[])
 	pool = pool_alloconly_create("dovetail settings", 1024);
 	if (!dovetail_settings_are_set(dovetail_compat_service_setting,
 				       &service))
-		i_fatal("dovetail_node is not set in plugin { }");
+		i_fatal("dovetail_node is not set");
 	if (dovetail_settings_parse(pool, service.base_dir,
 				    dovetail_compat_service_setting, &service,
 				    &set, &error) < 0)

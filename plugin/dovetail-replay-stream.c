@@ -29,6 +29,7 @@
 #include "str.h"
 #include "str-sanitize.h"
 #include "time-util.h"
+#include "dovetail-compat.h"
 #include "dovetail-queue-client.h"
 #include "dovetail-redis.h"
 #include "dovetail-replay.h"
@@ -613,7 +614,7 @@ static void stream_check_type(struct replay_stream *stream)
 static void streams_read_failed(const char *error)
 {
 	struct replay_stream *stream;
-	bool wrong_type = str_begins(error, "WRONGTYPE");
+	bool wrong_type = str_begins_with(error, "WRONGTYPE");
 
 	error = t_strdup_printf("Cannot read from Redis: %s",
 				str_sanitize(error, 200));

@@ -121,13 +121,11 @@ int replay_user_open(const char *username, struct replay_user **user_r,
 		replay_user_free(users.tail);
 
 	i_zero(&input);
-	input.module = "mail";
 	input.service = DOVETAIL_REPLAY_SERVICE;
 	input.username = username;
 	input.event_parent = replay.event;
-	ret = mail_storage_service_lookup_next(users.storage_service, &input,
-					       &service_user, &mail_user,
-					       error_r);
+	ret = dovetail_compat_user_open(users.storage_service, &input,
+					&service_user, &mail_user, error_r);
 	if (ret <= 0) {
 		replay_restore_uid();
 		*error_r = ret == 0 ?

@@ -119,7 +119,7 @@ int main(int argc, char *argv[])
 	event_add_category(replay.event, &event_category_dovetail);
 	if (!dovetail_settings_are_set(dovetail_compat_service_setting,
 				       &service))
-		i_fatal("dovetail_node is not set in plugin { }");
+		i_fatal("dovetail_node is not set");
 	if (dovetail_settings_parse(replay.pool, service.base_dir,
 				    dovetail_compat_service_setting, &service,
 				    &replay.set, &error) < 0)
@@ -142,7 +142,7 @@ int main(int argc, char *argv[])
 	/* core files would have the key in them */
 	restrict_access_allow_coredumps(FALSE);
 
-	storage_service = mail_storage_service_init(master_service, NULL,
+	storage_service = dovetail_compat_storage_service_init(master_service,
 		storage_flags | (root ?
 			MAIL_STORAGE_SERVICE_FLAG_TEMP_PRIV_DROP :
 			MAIL_STORAGE_SERVICE_FLAG_NO_RESTRICT_ACCESS));

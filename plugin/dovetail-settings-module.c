@@ -1,14 +1,8 @@
 /* Copyright (c) 2026 dovetail authors, LGPL-2.1-or-later, see COPYING */
 
-/* Lets Dovecot 2.3 check the dovetail_* settings when it starts, and doveconf
-   when it is asked. On 2.3 they are strings in plugin { }, which Dovecot does
-   not look into: without this module a wrong setting would show only when the
-   first user logs in.
-
-   Dovecot's config process loads it from modules/settings. The module adds a
-   settings root of its own that sees plugin { } as well; it owns no setting.
-   Our services ask for it, to learn default_internal_user without the module
-   "master" (dovetail_compat_service_settings_read() says why not that). */
+/* Lets Dovecot check the dovetail_* settings when it starts, and doveconf when
+   it is asked. Dovecot's config process loads this module from
+   modules/settings. */
 
 #include "lib.h"
 #include "array.h"
@@ -17,13 +11,33 @@
 #include "dovetail-compat.h"
 #include "dovetail-settings.h"
 
+extern const char *dovetail_settings_version;
+
+const char *dovetail_settings_version = DOVECOT_ABI_VERSION;
+
+#if DOVETAIL_DOVECOT_24
+/* On 2.4 the settings are Dovecot's, once they are made known to it. */
+
+extern const struct setting_parser_info *dovetail_settings_set_infos[];
+
+const struct setting_parser_info *dovetail_settings_set_infos[] = {
+	&dovetail_setting_parser_info,
+	NULL
+};
+#else
+/* On 2.3 they are strings in plugin { }, which Dovecot does not look into:
+   without this module a wrong setting would show only when the first user logs
+   in. The module adds a settings root of its own that sees plugin { } as well;
+   it owns no setting. Our services ask for it, to learn default_internal_user
+   without the module "master" (dovetail_compat_service_settings_read() says why
+   not that). */
+
 struct dovetail_module_settings {
 	const char *default_internal_user;
 	/* key, value, key, value, ... */
 	ARRAY(const char *) plugin_envs;
 };
 
-extern const char *dovetail_settings_version;
 extern const struct setting_parser_info *dovetail_settings_set_roots[];
 
 static const char *dovetail_module_settings_get(void *context, const char *name)
@@ -57,7 +71,7 @@ dovetail_module_settings_check(void *_set, pool_t pool ATTR_UNUSED,
 
 	envs = array_get(&set->plugin_envs, &count);
 	for (i = 0; i + 1 < count; i += 2) {
-		if (!str_begins(envs[i], "dovetail_"))
+		if (!str_begins_with(envs[i], "dovetail_"))
 			continue;
 		if (!dovetail_setting_name_is_known(envs[i])) {
 			*error_r = t_strdup_printf(
@@ -107,8 +121,8 @@ static const struct setting_parser_info dovetail_module_setting_parser_info = {
 	.check_func = dovetail_module_settings_check,
 };
 
-const char *dovetail_settings_version = DOVECOT_ABI_VERSION;
 const struct setting_parser_info *dovetail_settings_set_roots[] = {
 	&dovetail_module_setting_parser_info,
 	NULL
 };
+#endif

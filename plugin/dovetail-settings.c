@@ -4,6 +4,7 @@
 #include "net.h"
 #include "settings-parser.h"
 #include "str-sanitize.h"
+#include "dovetail-compat.h"
 #include "dovetail-node.h"
 #include "dovetail-settings.h"
 
@@ -410,3 +411,130 @@ int dovetail_settings_parse(pool_t pool, const char *base_dir,
 	}
 	return 0;
 }
+
+#if DOVETAIL_DOVECOT_24
+/* ---- Dovecot 2.4 ---- */
+
+static bool
+dovetail_setting_values_check(struct event *event, void *set, pool_t pool,
+			      const char **error_r);
+
+#define DEF(type, name) \
+	SETTING_DEFINE_STRUCT_##type(#name, name, \
+				     struct dovetail_setting_values)
+
+static const struct setting_define dovetail_setting_defines[] = {
+	DEF(STR_NOVARS, dovetail_node),
+	DEF(STR_NOVARS, dovetail_peers),
+	DEF(STR_NOVARS, dovetail_primary),
+	DEF(STR_NOVARS, dovetail_redis),
+	DEF(STR_NOVARS, dovetail_redis_ca_file),
+	DEF(STR_NOVARS, dovetail_redis_cert_file),
+	DEF(STR_NOVARS, dovetail_redis_key_file),
+	DEF(STR_NOVARS, dovetail_key_dir),
+	DEF(STR_NOVARS, dovetail_state_dir),
+	DEF(ENUM, dovetail_ack),
+	DEF(TIME_MSECS, dovetail_ack_timeout),
+	DEF(ENUM, dovetail_ack_failure),
+	DEF(UINT, dovetail_shards),
+	DEF(SIZE, dovetail_queue_max_size),
+	DEF(STR_NOVARS, dovetail_queue_socket),
+
+	DEF(STR, default_internal_user),
+
+	SETTING_DEFINE_LIST_END
+};
+
+static const struct dovetail_setting_values dovetail_setting_defaults = {
+	.dovetail_node = "",
+	.dovetail_peers = "",
+	.dovetail_primary = "",
+	.dovetail_redis = "",
+	.dovetail_redis_ca_file = "",
+	.dovetail_redis_cert_file = "",
+	.dovetail_redis_key_file = "",
+	.dovetail_key_dir = DOVETAIL_KEY_DIR_DEFAULT,
+	.dovetail_state_dir = DOVETAIL_DEFAULT_STATE_DIR,
+	.dovetail_ack = "queued:local:applied",
+	.dovetail_ack_timeout = 2 * 1000,
+	.dovetail_ack_failure = "proceed:refuse",
+	.dovetail_shards = 4,
+	.dovetail_queue_max_size = 1024ULL * 1024 * 1024,
+	.dovetail_queue_socket = DOVETAIL_DEFAULT_QUEUE_SOCKET,
+
+	.default_internal_user = "dovecot",
+};
+
+const struct setting_parser_info dovetail_setting_parser_info = {
+	.name = "dovetail",
+
+	.defines = dovetail_setting_defines,
+	.defaults = &dovetail_setting_defaults,
+
+	.struct_size = sizeof(struct dovetail_setting_values),
+	.pool_offset1 = 1 + offsetof(struct dovetail_setting_values, pool),
+	.ext_check_func = dovetail_setting_values_check,
+};
+
+int dovetail_setting_values_get(struct event *event,
+				const struct dovetail_setting_values **values_r,
+				const char **error_r)
+{
+	return settings_get(event, &dovetail_setting_parser_info,
+			    SETTINGS_GET_FLAG_NO_CHECK, values_r, error_r);
+}
+
+const char *dovetail_setting_values_find(void *context, const char *name)
+{
+	const struct setting_define *def;
+	const void *value;
+
+	for (def = dovetail_setting_defines; def->key != NULL; def++) {
+		if (strcmp(def->key, name) == 0)
+			break;
+	}
+	value = CONST_PTR_OFFSET(context, def->offset);
+	switch (def->type) {
+	case SET_STR_NOVARS:
+	case SET_ENUM:
+		return *(const char *const *)value;
+	case SET_UINT:
+		return t_strdup_printf("%u", *(const unsigned int *)value);
+	case SET_TIME_MSECS:
+		return t_strdup_printf("%ums", *(const unsigned int *)value);
+	case SET_SIZE:
+		return t_strdup_printf("%"PRIuUOFF_T, *(const uoff_t *)value);
+	default:
+		i_unreached();
+	}
+}
+
+/* Called when Dovecot starts, and by doveconf: for the configuration, and for
+   each protocol and so on that has settings of its own. set has only what stands
+   there, so look at what a process will see. */
+static bool
+dovetail_setting_values_check(struct event *event, void *set ATTR_UNUSED,
+			      pool_t pool ATTR_UNUSED, const char **error_r)
+{
+	const struct dovetail_setting_values *values;
+	struct dovetail_settings parsed;
+	pool_t parse_pool;
+	int ret = 0;
+
+	if (dovetail_setting_values_get(event, &values, error_r) < 0)
+		return FALSE;
+	if (*values->dovetail_node != '\0' || *values->dovetail_peers != '\0' ||
+	    *values->dovetail_primary != '\0' ||
+	    *values->dovetail_redis != '\0') {
+		/* nothing depends on base_dir */
+		parse_pool = pool_alloconly_create("dovetail settings check",
+						   1024);
+		ret = dovetail_settings_parse(parse_pool, "",
+					      dovetail_setting_values_find,
+					      (void *)values, &parsed, error_r);
+		pool_unref(&parse_pool);
+	}
+	settings_free(values);
+	return ret == 0;
+}
+#endif

@@ -2,10 +2,10 @@
 #define DOVETAIL_SETTINGS_H
 
 /* Every dovetail_* setting, parsed and checked. On Dovecot 2.3 they stand in
-   plugin { } as strings; where they come from differs per release and is
-   decided by the callers (dovetail-compat.h); what they mean is decided here,
-   once, for the plugin, the services, doveadm and the check at Dovecot's
-   start. */
+   plugin { } as strings, on 2.4 they are settings like Dovecot's own; where they
+   come from is decided by the callers (dovetail-compat.h); what they mean is
+   decided here, once, for the plugin, the services, doveadm and the check at
+   Dovecot's start. */
 
 #include "dovetail-redis.h"
 
@@ -65,5 +65,46 @@ int dovetail_settings_parse(pool_t pool, const char *base_dir,
 
 /* name is not a dovetail_* setting we know: for the check at start. */
 bool dovetail_setting_name_is_known(const char *name);
+
+#if DOVECOT_PREREQ(2, 4, 0)
+/* ---- Dovecot 2.4 ---- */
+
+#include "settings.h"
+
+/* The settings as Dovecot knows them, by their types. A new one is added here, to
+   the two tables in dovetail-settings.c, and to their parsed form above. */
+struct dovetail_setting_values {
+	pool_t pool;
+	const char *dovetail_node;
+	const char *dovetail_peers;
+	const char *dovetail_primary;
+	const char *dovetail_redis;
+	const char *dovetail_redis_ca_file;
+	const char *dovetail_redis_cert_file;
+	const char *dovetail_redis_key_file;
+	const char *dovetail_key_dir;
+	const char *dovetail_state_dir;
+	const char *dovetail_ack;
+	unsigned int dovetail_ack_timeout;
+	const char *dovetail_ack_failure;
+	unsigned int dovetail_shards;
+	uoff_t dovetail_queue_max_size;
+	const char *dovetail_queue_socket;
+
+	/* Dovecot's own; the queue service needs it */
+	const char *default_internal_user;
+};
+
+extern const struct setting_parser_info dovetail_setting_parser_info;
+
+/* What the configuration says for an event, unchecked; freed with settings_free().
+   Returns 0, or -1 and error_r. */
+int dovetail_setting_values_get(struct event *event,
+				const struct dovetail_setting_values **values_r,
+				const char **error_r);
+/* dovetail_settings_get_t with a struct dovetail_setting_values as context: a
+   value as it would stand in the configuration, on the data stack. */
+const char *dovetail_setting_values_find(void *context, const char *name);
+#endif
 
 #endif

@@ -6,6 +6,7 @@
 #include "lib.h"
 #include "net.h"
 #include "str-sanitize.h"
+#include "dovetail-compat.h"
 #include "dovetail-redis.h"
 
 #define DOVETAIL_REDIS_DEFAULT_PORT 6379
@@ -72,7 +73,7 @@ dovetail_redis_url_parse_query(pool_t pool, const char *query, bool tcp,
 	bool seen_user = FALSE, seen_db = FALSE, seen_prefix = FALSE, *seen;
 
 	for (; *params != NULL; params++) {
-		if (str_begins(*params, "prefix=")) {
+		if (str_begins_with(*params, "prefix=")) {
 			seen = &seen_prefix;
 			value = *params + 7;
 			/* [*?\ would be patterns for SCAN */
@@ -85,18 +86,18 @@ dovetail_redis_url_parse_query(pool_t pool, const char *query, bool tcp,
 				return -1;
 			}
 			url->prefix = p_strdup(pool, value);
-		} else if (!tcp && str_begins(*params, "user=")) {
+		} else if (!tcp && str_begins_with(*params, "user=")) {
 			seen = &seen_user;
 			if (dovetail_redis_url_set_username(
 				pool, *params + 5, url, error_r) < 0)
 				return -1;
-		} else if (!tcp && str_begins(*params, "db=")) {
+		} else if (!tcp && str_begins_with(*params, "db=")) {
 			seen = &seen_db;
 			if (dovetail_redis_url_set_db(*params + 3, url,
 						      error_r) < 0)
 				return -1;
-		} else if (str_begins(*params, "password=") ||
-			   str_begins(*params, "pass=")) {
+		} else if (str_begins_with(*params, "password=") ||
+			   str_begins_with(*params, "pass=")) {
 			return dovetail_redis_url_set_username(
 				pool, ":", url, error_r);
 		} else {
@@ -213,15 +214,15 @@ int dovetail_redis_url_parse(pool_t pool, const char *url,
 	i_zero(url_r);
 	url_r->prefix = DOVETAIL_REDIS_DEFAULT_PREFIX;
 
-	if (str_begins(url, "redis://")) {
+	if (str_begins_with(url, "redis://")) {
 		return dovetail_redis_url_parse_tcp(pool, url + 8, url_r,
 						    error_r);
 	}
-	if (str_begins(url, "unix:")) {
+	if (str_begins_with(url, "unix:")) {
 		return dovetail_redis_url_parse_unix(pool, url + 5, url_r,
 						     error_r);
 	}
-	if (str_begins(url, "rediss://")) {
+	if (str_begins_with(url, "rediss://")) {
 		url_r->tls = TRUE;
 		return dovetail_redis_url_parse_tcp(pool, url + 9, url_r,
 						    error_r);

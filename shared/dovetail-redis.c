@@ -20,6 +20,7 @@
 #include "safe-memset.h"
 #include "str.h"
 #include "str-sanitize.h"
+#include "dovetail-compat.h"
 #include "dovetail-redis.h"
 
 #include <time.h>
@@ -618,7 +619,7 @@ static void dovetail_redis_ping_reply(struct redisReply *reply, void *context)
 	struct dovetail_redis *redis = context;
 
 	if (reply != NULL && reply->type == REDIS_REPLY_ERROR &&
-	    str_begins(reply->str, "NOPERM")) {
+	    str_begins_with(reply->str, "NOPERM")) {
 		/* the user may not say PING: the server is there and knows us,
 		   that is all we want to know */
 		i_assert(redis->handshakes_left == 1);

@@ -3,6 +3,7 @@
 #include "lib.h"
 #include "buffer.h"
 #include "test-common.h"
+#include "dovetail-compat.h"
 #include "dovetail-frame.h"
 
 struct frame {

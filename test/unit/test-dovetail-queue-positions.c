@@ -154,7 +154,7 @@ static void test_pending(void)
 	test_end();
 }
 
-static void test_failed(void)
+static void test_failures(void)
 {
 	test_begin("queue positions: failures");
 	table = dovetail_queue_positions_init(10);
@@ -250,7 +250,7 @@ int main(void)
 	static void (*const test_functions[])(void) = {
 		test_stored,
 		test_pending,
-		test_failed,
+		test_failures,
 		test_snapshot_and_index,
 		test_bounded,
 		NULL

@@ -4,6 +4,7 @@
 #include "array.h"
 #include "str.h"
 #include "unlink-directory.h"
+#include "dovetail-compat.h"
 #include "dovetail-queue-state.h"
 #include "test-common.h"
 
@@ -112,7 +113,7 @@ static void test_mark_names(void)
 		if (i <= 200)
 			test_assert_strcmp_idx(name, str_c(str), i);
 		else {
-			test_assert_idx(str_begins(name, "%-") &&
+			test_assert_idx(str_begins_with(name, "%-") &&
 					strlen(name) == 34, i);
 			test_assert_idx(dovetail_queue_mark_user(name,
 				"somebody else") == NULL, i);

@@ -12,6 +12,7 @@
 #include "test-common.h"
 #include "time-util.h"
 #include "unlink-directory.h"
+#include "dovetail-compat.h"
 #include "dovetail-redis.h"
 
 #include <signal.h>
@@ -393,7 +394,7 @@ static void test_dovetail_redis_auth(void)
 	client_ask(&client, "ACL", "WHOAMI");
 	test_assert_strcmp(str_c(client.str), "bob");
 	client_ask(&client, "GET", "other:x");
-	test_assert(str_begins(str_c(client.str), "NOPERM"));
+	test_assert(str_begins_with(str_c(client.str), "NOPERM"));
 	client_deinit(&client);
 
 	client_init(&client, t_strconcat(unix_url(), "?user=min", NULL),

@@ -3,6 +3,7 @@
 #include "lib.h"
 #include "str.h"
 #include "test-common.h"
+#include "dovetail-compat.h"
 #include "dovetail-settings.h"
 
 /* key, value, ..., NULL; later ones win */
@@ -98,7 +99,7 @@ static void test_dovetail_settings_all(void)
 
 	for (i = 0; pairs[i] != NULL; i += 2) {
 		test_assert_idx(dovetail_setting_name_is_known(pairs[i]) ==
-				str_begins(pairs[i], "dovetail_"), i);
+				str_begins_with(pairs[i], "dovetail_"), i);
 	}
 	test_assert(!dovetail_setting_name_is_known("dovetail_"));
 	test_assert(!dovetail_setting_name_is_known("dovetail_nodes"));
@@ -262,6 +263,69 @@ static void test_dovetail_settings_redis_tls(void)
 	test_end();
 }
 
+#if DOVETAIL_DOVECOT_24
+/* What is not set is what Dovecot takes for the default. */
+static const char *get_dovecot_setting(void *context, const char *name)
+{
+	const char *pairs[] = { GOOD_SETTINGS, NULL };
+	const char *value = get_setting(pairs, name);
+
+	return value != NULL ? value :
+		dovetail_setting_values_find(context, name);
+}
+
+static void test_dovetail_settings_dovecot(void)
+{
+	const char *pairs[] = { GOOD_SETTINGS, NULL };
+	const struct setting_define *def;
+	struct setting_parser_context *parser;
+	struct dovetail_settings set, set2;
+	unsigned int count = 0;
+	const char *error;
+	void *values;
+
+	test_begin("dovetail settings: Dovecot's own");
+	parser = settings_parser_init(pool_datastack_create(),
+				      &dovetail_setting_parser_info, 0);
+	values = settings_parser_get_set(parser);
+	for (def = dovetail_setting_parser_info.defines; def->key != NULL;
+	     def++) {
+		if (!str_begins_with(def->key, "dovetail_"))
+			continue;
+		test_assert_idx(dovetail_setting_name_is_known(def->key),
+				count);
+		count++;
+	}
+	/* each of them is asked for, so there is no other */
+	test_assert(dovetail_settings_parse(pool_datastack_create(),
+					    "/run/dovecot", get_dovecot_setting,
+					    values, &set2, &error) == 0);
+	test_assert(parse(pairs, &set, &error) == 0);
+	test_assert_strcmp(set.key_dir, set2.key_dir);
+	test_assert_strcmp(set.state_dir, set2.state_dir);
+	test_assert(set.ack == set2.ack);
+	test_assert(set.ack_timeout_msecs == set2.ack_timeout_msecs);
+	test_assert(set.ack_refuse == set2.ack_refuse);
+	test_assert(set.shards == set2.shards);
+	test_assert(set.queue_max_size == set2.queue_max_size);
+	test_assert_strcmp(set.queue_socket, set2.queue_socket);
+
+	test_assert(settings_parse_keyvalue(parser, "dovetail_ack_timeout",
+					    "1500ms") > 0);
+	test_assert(settings_parse_keyvalue(parser, "dovetail_queue_max_size",
+					    "17M") > 0);
+	test_assert(settings_parse_keyvalue(parser, "dovetail_ack",
+					    "foo") < 0);
+	test_assert(dovetail_settings_parse(pool_datastack_create(),
+					    "/run/dovecot", get_dovecot_setting,
+					    values, &set2, &error) == 0);
+	test_assert(set2.ack_timeout_msecs == 1500);
+	test_assert(set2.queue_max_size == 17 * 1024 * 1024);
+	settings_parser_unref(&parser);
+	test_end();
+}
+#endif
+
 static void test_dovetail_redis_url(void)
 {
 	static const struct {
@@ -381,6 +445,9 @@ int main(void)
 		test_dovetail_settings_invalid,
 		test_dovetail_settings_limits,
 		test_dovetail_settings_redis_tls,
+#if DOVETAIL_DOVECOT_24
+		test_dovetail_settings_dovecot,
+#endif
 		test_dovetail_redis_url,
 		test_dovetail_redis_url_invalid,
 		NULL

@@ -87,9 +87,10 @@ check "doveadm module finds all symbols in doveadm-server" \
 	finds_all "$doveadm" "$program"
 
 settings=$lib/.libs/libdovetail_settings.so
-check "settings module is there" shows "$settings"
+check "settings module has the loader's symbol" shows "$settings" \
+	dovetail_settings_version
 check "settings module shows nothing else" shows_only "$settings" \
-	'dovetail_settings_(version|init|deinit|doveconf_banner|set_roots|service_settings.*)'
+	'dovetail_settings_(version|set_roots|set_infos)'
 check "settings module loads only the C library" loads_only "$settings" "$libs"
 check "settings module finds all symbols in config" \
 	finds_all "$settings" "$dovecot/config"
