@@ -11,6 +11,7 @@ the machine already runs is touched, and every process is ended by its pid.
         user.wait_equal()
 
 DOVETAIL_TEST_KEEP=1 keeps the directory for a look afterwards.
+DOVETAIL_TEST_LINES chooses the nodes' Dovecot releases (lines.py).
 DOVETAIL_TEST_PLAIN tests the tests, without dovetail: with "same" a single
 node is its own replica, so they must pass; with "apart" the nodes know nothing
 of each other, so they must fail.
@@ -35,11 +36,9 @@ import tempfile
 import threading
 import time
 
+import lines
 import view
 
-DOVECOT = os.environ.get("DOVETAIL_TEST_DOVECOT", "/usr/sbin/dovecot")
-DOVEADM = os.environ.get("DOVETAIL_TEST_DOVEADM", "/usr/bin/doveadm")
-LIBEXEC = os.environ.get("DOVETAIL_TEST_LIBEXEC", "/usr/lib/dovecot")
 # owns all virtual users' mail
 MAIL_USER = os.environ.get("DOVETAIL_TEST_MAIL_USER", "nobody")
 PASSWORD = "pw"
@@ -364,15 +363,19 @@ def literal(data):
 
 
 class Node(Daemon):
-    """One Dovecot installation. settings: dovetail's, over the defaults."""
+    """One Dovecot installation. settings: dovetail's, over the defaults; conf:
+    more configuration, or a function that gets the node's Line and returns
+    it."""
 
     def __init__(self, name, cluster, mail_format="sdbox", settings=(),
                  plugin=True, separator="/", namespaces=(), replay_user=None,
-                 replay_workers=4, conf=""):
+                 replay_workers=4, conf="", line=None):
         super().__init__()
+        self.line = line or lines.of_node(len(cluster.nodes))
         self.name, self.cluster, self.format = name, cluster, mail_format
         self.settings, self.plugin = dict(settings), plugin
-        self.separator, self.extra_conf = separator, conf
+        self.separator = separator
+        self.extra_conf = conf(self.line) if callable(conf) else conf
         # (prefix without separator, format): more private namespaces
         self.namespaces = namespaces
         self.replay_user = replay_user or MAIL_USER
@@ -396,9 +399,6 @@ class Node(Daemon):
 
     # -- configuration
 
-    def location(self, mail_format, directory):
-        return "%s:~/%s" % (mail_format, directory)
-
     def write_conf(self):
         peers = [n.name for n in self.cluster.nodes if n is not self]
         settings = {"dovetail_node": self.name,
@@ -411,24 +411,20 @@ class Node(Daemon):
                                                        "dovetail"),
                     "dovetail_ack": "queued"}
         settings.update(self.settings)
-        lines = ["%s = %s" % kv for kv in settings.items()
-                 if kv[1] is not None] if self.plugin else []
-        spaces = [("inbox", "", self.location(self.format, "mail"))]
-        spaces += [(prefix.lower(), prefix + self.separator,
-                    self.location(mail_format, prefix.lower()))
-                   for prefix, mail_format in self.namespaces]
-        text = CONF.format(
-            n=self, base_dir=os.path.join(self.dir, "run"), mail=MAIL_USER,
+        spaces = [("inbox", "", self.format, "mail")]
+        spaces += [(prefix.lower(), prefix + self.separator, mail_format,
+                    prefix.lower()) for prefix, mail_format in self.namespaces]
+        text = self.line.configuration(
+            self, base_dir=os.path.join(self.dir, "run"), mail=MAIL_USER,
             plugins="dovetail" if self.plugin else "",
-            settings="\n  ".join(lines), libexec=LIBEXEC,
-            namespaces="\n".join(NAMESPACE.format(
-                name=name, prefix=prefix, location=location,
-                separator=self.separator, inbox="no" if prefix else "yes")
-                for name, prefix, location in spaces))
+            settings=self.line.settings(settings) if self.plugin else "",
+            namespaces="".join(self.line.namespace(
+                name, prefix, self.separator, mail_format, directory)
+                for name, prefix, mail_format, directory in spaces))
         if self.plugin:
-            text += SERVICES.format(n=self, mail=MAIL_USER, libexec=LIBEXEC,
-                                    queue_mode="0600" if self.replay_user ==
-                                    MAIL_USER else "0666")
+            text += self.line.services(self, mail=MAIL_USER, queue_mode="0600"
+                                       if self.replay_user == MAIL_USER
+                                       else "0666")
         # complete or not at all
         with open(self.conf + ".new", "w") as f:
             f.write(text + self.extra_conf)
@@ -465,8 +461,8 @@ class Node(Daemon):
 
     def start(self):
         self.write_conf()
-        self.spawn([DOVECOT, "-F", "-c", self.conf], self.greets,
-                   os.path.join(self.dir, "out"))
+        self.spawn(self.line.command("dovecot", "-F", "-c", self.conf),
+                   self.greets, os.path.join(self.dir, "out"))
 
     def greets(self):
         with contextlib.suppress(OSError):
@@ -578,8 +574,9 @@ class Node(Daemon):
     def doveadm(self, *args, check=True, input=b""):
         """Run doveadm and return its output; check=False: the
         CompletedProcess."""
-        done = subprocess.run([DOVEADM, "-c", self.conf, *map(str, args)],
-                              input=input, capture_output=True, timeout=300)
+        done = subprocess.run(
+            self.line.command("doveadm", "-c", self.conf, *args),
+            input=input, capture_output=True, timeout=300)
         if not check:
             return done
         if done.returncode != 0:
@@ -632,8 +629,8 @@ class Node(Daemon):
 
     def lda(self, user, message, *args, check=True):
         done = subprocess.run(
-            [os.path.join(LIBEXEC, "dovecot-lda"), "-c", self.conf, "-d",
-             str(user), *args], input=message.replace(b"\r\n", b"\n"),
+            self.line.command("dovecot-lda", "-c", self.conf, "-d", user,
+                              *args), input=message.replace(b"\r\n", b"\n"),
             capture_output=True, timeout=60)
         assert not check or done.returncode == 0, done.stderr.decode()
         return done.returncode
@@ -898,118 +895,3 @@ class Memory:
     def growth(self):
         return {key: peak - self.before.get(key, self.first[key])
                 for key, peak in self.peak.items()}
-
-
-NAMESPACE = """
-namespace {name} {{
-  type = private
-  inbox = {inbox}
-  prefix = {prefix}
-  separator = {separator}
-  location = {location}
-}}
-"""
-
-CONF = """# written by the integration tests
-base_dir = {base_dir}
-state_dir = {n.state_dir}
-instance_name = dovetail-test-{n.name}
-log_path = {n.log}
-protocols = imap pop3 lmtp sieve
-listen = 127.0.0.1
-ssl = no
-disable_plaintext_auth = no
-mail_plugins = {plugins}
-mail_max_userip_connections = 100
-first_valid_uid = 1
-auth_failure_delay = 0
-default_vsz_limit = 1G
-lda_mailbox_autocreate = yes
-postmaster_address = postmaster@example.org
-hostname = {n.name}.example.org
-passdb {{
-  driver = passwd-file
-  args = {n.passwd}
-}}
-userdb {{
-  driver = passwd-file
-  args = {n.passwd}
-}}
-plugin {{
-  sieve = file:~/sieve;active=~/.dovecot.sieve
-  {settings}
-}}
-{namespaces}
-protocol lmtp {{
-  mail_plugins = $mail_plugins sieve
-}}
-protocol lda {{
-  mail_plugins = $mail_plugins sieve
-}}
-service imap-login {{
-  service_count = 0
-  inet_listener imap {{
-    port = {n.imap_port}
-  }}
-  inet_listener imaps {{
-    port = 0
-  }}
-}}
-service pop3-login {{
-  service_count = 0
-  inet_listener pop3 {{
-    port = {n.pop3_port}
-  }}
-  inet_listener pop3s {{
-    port = 0
-  }}
-}}
-service managesieve-login {{
-  inet_listener sieve {{
-    port = {n.sieve_port}
-  }}
-}}
-service lmtp {{
-  inet_listener lmtp {{
-    port = {n.lmtp_port}
-  }}
-}}
-service auth {{
-  unix_listener auth-userdb {{
-    mode = 0666
-    user = {mail}
-  }}
-}}
-service stats {{
-  unix_listener stats-writer {{
-    mode = 0666
-  }}
-}}
-"""
-
-SERVICES = """
-service dovetail-queue {{
-  executable = {libexec}/dovetail-queue
-  user = root
-  process_min_avail = 1
-  process_limit = 1
-  client_limit = 10000
-  idle_kill = 4294967295 s
-  unix_listener dovetail-queue {{
-    mode = {queue_mode}
-    user = {mail}
-  }}
-}}
-service dovetail-replay {{
-  executable = {libexec}/dovetail-replay
-  user = {n.replay_user}
-  process_min_avail = {n.replay_workers}
-  process_limit = {n.replay_workers}
-  client_limit = 1
-  idle_kill = 4294967295 s
-  unix_listener dovetail-replay {{
-    mode = 0600
-    user = $default_internal_user
-  }}
-}}
-"""

@@ -16,13 +16,13 @@ import os
 import re
 import secrets
 import signal
-import subprocess
 import sys
 import threading
 import time
 import unicodedata
 
 import cluster
+import lines
 import view
 from cluster import Refused, literal, quote
 
@@ -543,8 +543,7 @@ def main():
     # ours are called by name, and need no others
     cluster.USERS = 0
 
-    version = subprocess.run([cluster.DOVECOT, "--version"], text=True,
-                             capture_output=True).stdout.split()[0]
+    version = lines.of_node(0).version
     say("dovetail: what is written on one Dovecot node (%s) stands on the "
         "other" % version)
     nodes = Nodes(["sdbox", "mdbox"], start=False, redis={

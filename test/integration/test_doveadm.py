@@ -17,7 +17,7 @@ import time
 
 import pytest
 
-from cluster import (DOVEADM, MAIL_USER, Cluster, Node, free_port, mail,
+from cluster import (MAIL_USER, Cluster, Node, free_port, mail,
                      wait_for)
 
 # sysexits.h
@@ -32,10 +32,10 @@ def dovetail(node, /, *args, exit=0, formatter=None, options=(), **settings):
     """Run doveadm dovetail ARGS, which must end with the exit status; returns
     what it printed on stdout and stderr. settings: ack="local" overrides
     dovetail_ack."""
-    argv = [DOVEADM, *options, "-c", node.conf]
+    argv = node.line.command("doveadm", *options, "-c", node.conf)
     argv += ["-f", formatter] if formatter else []
     for name, value in settings.items():
-        argv += ["-o", "plugin/dovetail_%s=%s" % (name, value)]
+        argv += node.line.option("dovetail_" + name, value)
     done = subprocess.run(argv + ["dovetail", *map(str, args)], text=True,
                           capture_output=True, stdin=subprocess.DEVNULL,
                           timeout=60)
@@ -483,9 +483,9 @@ def test_status_before_redis_was_reached(new_cluster):
 
 def test_status_is_not_for_everybody(running):
     done = subprocess.run(
-        [DOVEADM, "-c", running.a.conf, "dovetail", "status"],
-        capture_output=True, text=True, user="dovenull", group="dovenull",
-        extra_groups=[], timeout=60)
+        running.a.line.command("doveadm", "-c", running.a.conf, "dovetail",
+                               "status", user="dovenull"),
+        capture_output=True, text=True, timeout=60)
     assert done.returncode == NOPERM and done.stdout == ""
     assert "Permission denied" in done.stderr
 
@@ -573,9 +573,8 @@ def test_status_sees_what_is_not_queued_and_changes_nothing(running):
     before = rows(running.a, "-u", user)["INBOX"]
     assert (before["state"], before["unqueued"]) == ("ok", "0")
 
-    subprocess.run([DOVEADM, "-c", running.a.conf, "-o", "mail_plugins=",
-                    "save", "-u", str(user)], input=mail("two"), check=True,
-                   timeout=60)
+    running.a.doveadm("-o", "mail_plugins=", "save", "-u", user,
+                      input=mail("two"))
     for _ in range(2):
         found = rows(running.a, "-u", user)["INBOX"]
         assert found["state"] == "pending" and int(found["unqueued"]) > 0
@@ -592,9 +591,8 @@ def test_status_of_a_rebuilt_index(running):
     user = running.user()
     user.lmtp(mail("one"))
     user.wait_equal()
-    subprocess.run([DOVEADM, "-c", running.a.conf, "-o", "mail_plugins=",
-                    "force-resync", "-u", str(user), "INBOX"], check=True,
-                   timeout=60)
+    running.a.doveadm("-o", "mail_plugins=", "force-resync", "-u", user,
+                      "INBOX")
     found = rows(running.a, "-u", user)["INBOX"]
     assert (found["state"], found["unqueued"]) == ("snapshot", "-")
 
@@ -645,28 +643,22 @@ service doveadm {
 # -- the example configuration
 
 EXAMPLE = os.path.join(os.path.dirname(__file__), "..", "..", "plugin",
-                       "example-config", "conf.d", "90-dovetail.conf")
+                       "example-config", "conf.d-%s", "90-dovetail.conf")
 
 
 def example(cluster, node, uncommented):
     """The example with the cluster's names in it. uncommented: with all
     defaults as settings."""
-    text = read(EXAMPLE)
+    text = read(EXAMPLE % node.line.name)
     if uncommented:
-        text, count = re.subn(r"(?m)^  #(dovetail_\w+ = )", r"  \1", text)
+        text, count = re.subn(r"(?m)^( *)#(dovetail_\w+ = )", r"\1\2", text)
         assert count >= 8
     text = text.replace("user = vmail", "user = " + MAIL_USER)
     peer, = (n.name for n in cluster.nodes if n is not node)
-    return text + """
-plugin {
-  dovetail_node = %s
-  dovetail_peers = %s
-  dovetail_redis = %s
-  dovetail_key_dir = %s
-  dovetail_state_dir = %s
-}
-""" % (node.name, peer, cluster.redis.url, node.key_dir,
-       os.path.join(node.state_dir, "dovetail"))
+    return text + "\n" + node.line.settings({
+        "dovetail_node": node.name, "dovetail_peers": peer,
+        "dovetail_redis": cluster.redis.url, "dovetail_key_dir": node.key_dir,
+        "dovetail_state_dir": os.path.join(node.state_dir, "dovetail")})
 
 
 @pytest.mark.parametrize("uncommented", [False, True])
@@ -677,6 +669,8 @@ def test_example_configuration(new_cluster, uncommented):
         node.plugin = False
         node.extra_conf = example(cluster, node, uncommented)
         Node.write_conf(node)
+        if node.line.is_24:
+            return
         text, count = re.subn(r"(?m)^mail_plugins = $",
                               "mail_plugins = $mail_plugins dovetail",
                               read(node.conf))

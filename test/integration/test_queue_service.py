@@ -20,6 +20,7 @@ import time
 import pytest
 
 import cluster
+import lines
 from cluster import wait_for
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -38,7 +39,7 @@ OK, UNAVAILABLE, NOT_APPLIED, REFUSED = range(4)
 
 A, B = vectors.Node("a"), vectors.Node("b")
 
-CONF = """
+CONF = """{versions}
 base_dir = {base_dir}
 state_dir = {dir}/state
 log_path = {dir}/log
@@ -46,20 +47,14 @@ protocols =
 ssl = no
 default_vsz_limit = {vsz}
 {conf}
-plugin {{
-  dovetail_node = a
-  dovetail_primary = a
-  dovetail_key_dir = {dir}/keys
-  dovetail_state_dir = {dir}/dovetail
-  {settings}
-}}
+{settings}
 service dovetail-queue {{
   executable = {libexec}/dovetail-queue
   user = root
   process_min_avail = 1
   process_limit = 1
   client_limit = 1000
-  idle_kill = 4294967295 s
+  {forever}
   unix_listener dovetail-queue {{
     mode = 0666
   }}
@@ -206,10 +201,14 @@ class QueueNode(cluster.Daemon):
             with open(os.open(path, os.O_CREAT | os.O_WRONLY, mode),
                       "w") as f:
                 f.write(text + "\n")
-        self.settings = {"dovetail_peers": "b", "dovetail_redis": redis.url,
+        self.settings = {"dovetail_node": "a", "dovetail_primary": "a",
+                         "dovetail_key_dir": keys,
+                         "dovetail_state_dir": directory + "/dovetail",
+                         "dovetail_peers": "b", "dovetail_redis": redis.url,
                          "dovetail_shards": "2"}
         self.settings.update(settings)
-        self.extra, self.libexec = conf, libexec or cluster.LIBEXEC
+        self.line = lines.of_node(0)
+        self.extra, self.libexec = conf, libexec or self.line.libexec
 
     def start(self, ready=True):
         with open(os.path.join(self.dir, "dovecot.conf"), "w") as f:
@@ -218,9 +217,10 @@ class QueueNode(cluster.Daemon):
                 # the address sanitizer wants all there is
                 vsz="0" if "ASAN_OPTIONS" in os.environ else "1G",
                 conf=self.extra, libexec=self.libexec,
-                settings="\n  ".join("%s = %s" % kv
-                                     for kv in self.settings.items())))
-        self.spawn([cluster.DOVECOT, "-F", "-c", self.dir + "/dovecot.conf"],
+                versions=self.line.versions, forever=self.line.forever,
+                settings=self.line.settings(self.settings)))
+        self.spawn(self.line.command("dovecot", "-F", "-c",
+                                     self.dir + "/dovecot.conf"),
                    self.greets, os.path.join(self.dir, "out"))
         if ready:
             wait_for(self.ready, "the queue to be ready")
