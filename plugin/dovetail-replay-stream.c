@@ -275,7 +275,7 @@ static void streams_ack_waited(void)
 	}
 }
 
-/* ... and all else soon: one signature here and one check there for many. */
+/* ... and all else soon: one for many. */
 static void streams_ack_needed(void *context ATTR_UNUSED)
 {
 	struct replay_stream *stream;
