@@ -45,9 +45,8 @@ struct capture {
 	struct mail_index_view *view;
 	uint64_t deadline;
 
-	/* opened when the first message is read */
-	struct mailbox *reader;
-	struct mailbox_transaction_context *reader_trans;
+	/* since the first message was read */
+	struct mailbox_transaction_context *trans;
 	struct mail *mail;
 
 	/* the change being built: the ops are encoded as they come, the head
@@ -155,10 +154,8 @@ static void capture_deinit(struct capture *c)
 		mail_free(&c->mail);
 		/* rolled back: reading must not write caches into the log we
 		   read */
-		mailbox_transaction_rollback(&c->reader_trans);
+		mailbox_transaction_rollback(&c->trans);
 	}
-	if (c->reader != NULL)
-		mailbox_free(&c->reader);
 	if (c->view != NULL)
 		mail_index_view_close(&c->view);
 	buffer_free(&c->ops);
@@ -239,23 +236,21 @@ static int capture_flush(struct capture *c)
 
 /* ---- a message ---- */
 
-static int capture_open_reader(struct capture *c)
+/* Read through the caller's mailbox, with its files and caches, but see what is in
+   the index now. Opening the mailbox a second time would show the same, and in a
+   Maildir cost as much as it has messages. */
+static void capture_begin_reading(struct capture *c)
 {
-	const char *error;
+	struct mail_index_view *view = c->box->view;
 
 	if (c->mail != NULL)
-		return 0;
-	c->reader = dovetail_mailbox_open_internal(c->box, &error);
-	if (c->reader == NULL) {
-		capture_fail(c, "%s", error);
-		return -1;
-	}
-	c->reader_trans = mailbox_transaction_begin(c->reader, 0, __func__);
+		return;
+	c->box->view = c->view;
+	c->trans = mailbox_transaction_begin(c->box, 0, __func__);
+	c->box->view = view;
 	/* our look says nothing about what clients will want cached */
-	mail_cache_view_update_cache_decisions(c->reader_trans->cache_view,
-					       FALSE);
-	c->mail = mail_alloc(c->reader_trans, 0, NULL);
-	return 0;
+	mail_cache_view_update_cache_decisions(c->trans->cache_view, FALSE);
+	c->mail = mail_alloc(c->trans, 0, NULL);
 }
 
 static int capture_spool_chunk(struct capture *c, const uint8_t *spool_id,
@@ -375,8 +370,7 @@ static int capture_message_real(struct capture *c, uint32_t uid)
 	struct dovetail_op op;
 	int ret;
 
-	if (capture_open_reader(c) < 0)
-		return -1;
+	capture_begin_reading(c);
 	if (!mail_set_uid(c->mail, uid))
 		return 1;
 
@@ -401,7 +395,7 @@ static int capture_message_real(struct capture *c, uint32_t uid)
 		if (c->mail->expunged)
 			return 1;
 		capture_fail(c, "Cannot read UID %u: %s", uid,
-			mailbox_get_last_internal_error(c->reader, NULL));
+			mailbox_get_last_internal_error(c->box, NULL));
 	}
 	return ret;
 }
