@@ -125,7 +125,8 @@ apply_to_replica(struct replay_user *user, const char *origin,
 	case DOVETAIL_CHANGE_TREE:
 		result = replay_tree(user, origin, &change->u.tree, error_r);
 		if (result == REPLAY_DONE)
-			replay_wanted_arrived(change->user, all);
+			replay_wanted_tree_arrived(change->user,
+						   &change->u.tree);
 		break;
 	default:
 		return REPLAY_DONE;

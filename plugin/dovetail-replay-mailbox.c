@@ -975,7 +975,7 @@ replay_mailbox(struct replay_user *user, const char *origin,
 	struct replay_mailbox_ctx ctx;
 	struct mailbox_status status;
 	enum replay_result result;
-	uint32_t uid_next = 1;
+	bool answer;
 
 	i_zero(&ctx);
 	ctx.user = user;
@@ -986,9 +986,11 @@ replay_mailbox(struct replay_user *user, const char *origin,
 
 	result = replay_mailbox_apply(&ctx, wanted);
 	*error_r = ctx.error;
+	/* only a snapshot is the answer; what happened meanwhile comes as well */
+	answer = wanted && (change->flags & DOVETAIL_MAILBOX_SNAPSHOT) != 0;
 	switch (result) {
 	case REPLAY_DONE:
-		if (wanted)
+		if (answer)
 			replay_wanted_arrived(username, change->guid);
 		break;
 	case REPLAY_LACKING:
@@ -1002,11 +1004,14 @@ replay_mailbox(struct replay_user *user, const char *origin,
 			break;
 		}
 		mailbox_get_open_status(ctx.box, STATUS_UIDNEXT, &status);
-		uid_next = status.uidnext;
-		if (wanted)
-			replay_wanted_arrived(username, change->guid);
-		replay_wanted_add(username, origin, change->guid, change->name,
-				  uid_next, ctx.error);
+		if (answer) {
+			replay_wanted_came_so_far(username, change->guid,
+						  status.uidnext);
+		} else {
+			replay_wanted_add(username, origin, change->guid,
+					  change->name, status.uidnext,
+					  ctx.error);
+		}
 		break;
 	case REPLAY_FAILED:
 		replay_user_forget_mailboxes(user);

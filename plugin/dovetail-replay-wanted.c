@@ -348,6 +348,47 @@ void replay_wanted_arrived(const char *user, const guid_128_t guid)
 		wanted_remove(w);
 }
 
+static bool tree_has(const struct dovetail_change_tree *tree,
+		     const guid_128_t guid)
+{
+	const struct dovetail_tree_mailbox *tm;
+
+	array_foreach(&tree->mailboxes, tm) {
+		if (guid_128_equals(tm->guid, guid))
+			return TRUE;
+	}
+	return FALSE;
+}
+
+void replay_wanted_tree_arrived(const char *user,
+				const struct dovetail_change_tree *tree)
+{
+	unsigned int i;
+	struct wanted *w;
+
+	for (i = array_count(&wanted_list); i > 0; i--) {
+		w = array_idx_modifiable(&wanted_list, i - 1);
+		if (strcmp(w->user, user) == 0 &&
+		    (guid_128_is_empty(w->guid) || !tree_has(tree, w->guid)))
+			wanted_remove(w);
+	}
+}
+
+void replay_wanted_came_so_far(const char *user, const guid_128_t guid,
+			       uint32_t uid_next)
+{
+	struct wanted *w = wanted_find(user, guid);
+
+	if (w == NULL)
+		return;
+	if (uid_next > w->uid_next) {
+		w->asked = 0;
+		w->retry_secs = WANTED_RETRY_MIN_SECS;
+	}
+	w->uid_next = uid_next;
+	wanted_ask(NULL);
+}
+
 unsigned int replay_wanted_count(const char *origin)
 {
 	const struct wanted *w;

@@ -158,6 +158,13 @@ int replay_queue_change(const struct dovetail_change *change,
 			const char **error_r);
 bool replay_wanted_has(const char *user, const guid_128_t guid);
 void replay_wanted_arrived(const char *user, const guid_128_t guid);
+/* Mailboxes that are not in the tree will not come any more. */
+void replay_wanted_tree_arrived(const char *user,
+				const struct dovetail_change_tree *tree);
+/* A part of it came: ask for the rest, which begins at uid_next. What brought
+   nothing new is asked for again only in time. */
+void replay_wanted_came_so_far(const char *user, const guid_128_t guid,
+			       uint32_t uid_next);
 /* Of the peer origin. */
 unsigned int replay_wanted_count(const char *origin);
 

@@ -3,6 +3,7 @@ flowing, no mail process waits longer than dovetail_ack_timeout, and what was
 acknowledged stands on every node in the end."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -296,6 +297,59 @@ def test_redis_forgets_everything(pair, user, when):
         pair.b.start()
     work(user, "after")
     user.wait_equal(60)
+
+
+def replica_rows(pair):
+    """What the replica b says about what it gets from a."""
+    return [row for row in json.loads(
+        pair.b.doveadm("-f", "json", "dovetail", "status"))
+        if row["direction"] == "from" and row["peer"] == "a"]
+
+
+def lose_a_change(pair, user, mailbox):
+    """The replica never gets what is appended to the mailbox here."""
+    def entries():
+        return {(key, entry) for key in pair.redis.keys() if ":log:a" in key
+                for entry in re.findall(r"^(\d+-\d+)$", pair.redis.cli(
+                    "xrange", key, "-", "+"), re.M)}
+
+    with pair.b.paused("dovetail-replay"), user.imap() as session:
+        # the answer to a question that is open already
+        session.append(mailbox, mail("on its way"))
+        before = entries()
+        session.append(mailbox, mail("lost on the way"))
+        for key, entry in entries() - before:
+            pair.redis.cli("xdel", key, entry)
+
+
+def test_what_is_lacking_is_asked_for_once(pair, user):
+    """Changes that come while the answer is not there yet are no reason to
+    ask again."""
+    lose_a_change(pair, user, "INBOX")
+    with pair.a.paused("dovetail-replay"):
+        for n in range(20):
+            user.lmtp(mail("after it %d" % n))
+        wait_for(lambda: all(row["entries"] == "0"
+                             for row in replica_rows(pair)),
+                 "the replica to have seen all")
+    user.wait_equal()
+    log = pair.b.log_text()[pair.b.log_offset:]
+    assert len(re.findall("%s: Asking a for mailbox INBOX" % user, log)) == 1
+
+
+def test_what_is_lacking_is_deleted_meanwhile(pair, user):
+    with user.imap() as session:
+        session.do("CREATE", "folder")
+    user.wait_equal()
+    lose_a_change(pair, user, "folder")
+    with pair.a.paused("dovetail-replay"), user.imap() as session:
+        session.append("folder", mail("after it"))
+        pair.b.wait_log("%s: Asking a for mailbox folder" % user)
+        session.do("DELETE", "folder")
+    user.wait_equal()
+    wait_for(lambda: all(row["set_aside"] == "0"
+                         for row in replica_rows(pair)),
+             "nothing to be lacking any more")
 
 
 def test_redis_absent_at_start(new_cluster):
