@@ -10,6 +10,9 @@
 #include "mail-storage-private.h"
 #include "mail-index-transaction-private.h"
 #include "mail-index-modseq.h"
+#include "mdbox-map-private.h"
+#include "mdbox-storage.h"
+#include "mdbox-storage-rebuild.h"
 #include "dovetail-compat.h"
 #include "dovetail-name.h"
 #include "dovetail-plugin.h"
@@ -167,6 +170,26 @@ static int dovetail_copy(struct mail_save_context *ctx, struct mail *mail)
 	return 0;
 }
 
+/* Dovecot 2.3: when mdbox finds while syncing that a process died half-way through
+   a commit, it checks its map and rebuilds the storage, which reads all mail of
+   the user; but the map stays marked as just checked, in the file and in memory,
+   and so the next sync rebuilds everything again, and the next. What is called
+   here takes the marks away. (Only where nobody looks at the mailbox: rebuilding
+   throws clients out. They do not stay as long as dovetail-replay, either.) */
+static void dovetail_end_mdbox_rebuilds(struct mailbox *box)
+{
+	struct mdbox_storage *storage;
+
+	if (strcmp(box->storage->name, "mdbox") != 0)
+		return;
+	storage = MDBOX_STORAGE(box->storage);
+	if (storage->map == NULL || storage->rebuilding_storage ||
+	    !mdbox_map_is_fscked(storage->map))
+		return;
+	if (mdbox_storage_rebuild(storage) == 0)
+		(void)mail_index_reset_fscked(storage->map->index);
+}
+
 static int dovetail_sync_deinit(struct mailbox_sync_context *ctx,
 				struct mailbox_sync_status *status_r)
 {
@@ -175,6 +198,8 @@ static int dovetail_sync_deinit(struct mailbox_sync_context *ctx,
 	int ret;
 
 	ret = dbox->module_ctx.super.sync_deinit(ctx, status_r);
+	if (dbox->duser->replaying)
+		dovetail_end_mdbox_rebuilds(box);
 	dovetail_capture(box, DOVETAIL_CAPTURE_SYNC);
 	return ret;
 }
