@@ -45,6 +45,9 @@ PASSWORD = "pw"
 # prepared in each cluster
 USERS = 120
 PLAIN = os.environ.get("DOVETAIL_TEST_PLAIN")
+# a sanitizer needs all the addresses there are
+VSZ_LIMIT = "0" if any(name.endswith("SAN_OPTIONS") for name in os.environ) \
+    else "1G"
 # how long a replica may take on a busy machine before a test calls it broken
 PATIENCE = float(os.environ.get("DOVETAIL_TEST_PATIENCE", "20"))
 
@@ -427,7 +430,9 @@ class Node(Daemon):
                                        else "0666")
         # complete or not at all
         with open(self.conf + ".new", "w") as f:
-            f.write(text + self.extra_conf)
+            f.write(text.replace("default_vsz_limit = 1G",
+                                 "default_vsz_limit = " + VSZ_LIMIT) +
+                    self.extra_conf)
         os.rename(self.conf + ".new", self.conf)
 
     def keygen(self):
