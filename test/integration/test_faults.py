@@ -523,8 +523,8 @@ def test_service_comes_back(pair, user, service):
     """A service that cannot start is started again when that has passed, by
     nobody's hand, and all its processes are."""
     pair.expect_errors(*killed(service), r"%s: Fatal: .*\.key does not exist" %
-                       service, r"service\(%s\): command startup failed, "
-                       "throttling" % service)
+                       service, r"service\(%s\): (command startup failed, "
+                       r"throttling|child \d+ returned error 89)" % service)
     node = pair.b
     pids = wait_for(lambda: node.settled(service), service)
     key = os.path.join(node.key_dir, node.name + ".key")
