@@ -170,6 +170,7 @@ static int dovetail_copy(struct mail_save_context *ctx, struct mail *mail)
 	return 0;
 }
 
+#if !DOVETAIL_DOVECOT_24
 /* Dovecot 2.3: when mdbox finds while syncing that a process died half-way through
    a commit, it checks its map and rebuilds the storage, which reads all mail of
    the user; but the map stays marked as just checked, in the file and in memory,
@@ -189,6 +190,7 @@ static void dovetail_end_mdbox_rebuilds(struct mailbox *box)
 	if (mdbox_storage_rebuild(storage) == 0)
 		(void)mail_index_reset_fscked(storage->map->index);
 }
+#endif
 
 static int dovetail_sync_deinit(struct mailbox_sync_context *ctx,
 				struct mailbox_sync_status *status_r)
@@ -198,8 +200,10 @@ static int dovetail_sync_deinit(struct mailbox_sync_context *ctx,
 	int ret;
 
 	ret = dbox->module_ctx.super.sync_deinit(ctx, status_r);
+#if !DOVETAIL_DOVECOT_24
 	if (dbox->duser->replaying)
 		dovetail_end_mdbox_rebuilds(box);
+#endif
 	dovetail_capture(box, DOVETAIL_CAPTURE_SYNC);
 	return ret;
 }
