@@ -11,6 +11,7 @@
 #include "hex-binary.h"
 #include "ioloop.h"
 #include "istream.h"
+#include "master-service.h"
 #include "net.h"
 #include "str.h"
 #include "str-sanitize.h"
@@ -67,10 +68,7 @@ doveadm_settings_read(struct dovetail_settings *set_r)
 {
 	const char *error;
 
-	if (dovetail_settings_parse(pool_datastack_create(),
-				    doveadm_settings->base_dir,
-				    dovetail_compat_doveadm_setting, NULL,
-				    set_r, &error) < 0) {
+	if (dovetail_compat_doveadm_settings_read(set_r, &error) < 0) {
 		i_error("%s", error);
 		doveadm_exit_code = EX_CONFIG;
 		return -1;
@@ -1036,8 +1034,13 @@ const char *doveadm_dovetail_plugin_version = DOVECOT_ABI_VERSION;
 
 void doveadm_dovetail_plugin_init(struct module *module ATTR_UNUSED)
 {
+	const char *error;
 	unsigned int i;
 
+	if (!dovetail_compat_version_is_ours(master_service, &error)) {
+		i_error("%s", error);
+		return;
+	}
 	for (i = 0; i < N_ELEMENTS(doveadm_dovetail_cmds); i++)
 		doveadm_cmd_register_ver2(&doveadm_dovetail_cmds[i]);
 }

@@ -39,6 +39,28 @@
 #define DOVETAIL_COMPAT_SETTINGS_MODULE "dovetail"
 #define DOVETAIL_COMPAT_INTERNAL_USER "dovecot"
 
+#ifdef MASTER_SERVICE_H
+/* ---- the release at run time: master-service.h ---- */
+
+/* Dovecot refuses modules of another ABI, but its private structs, which we use,
+   may differ between two releases of the same ABI. Returns FALSE and error_r
+   (data stack) when this is not the release we were built for. */
+static inline bool
+dovetail_compat_version_is_ours(struct master_service *service,
+				const char **error_r)
+{
+	const char *version = master_service_get_version_string(service);
+
+	/* NULL: the administrator set version_ignore */
+	if (version == NULL || strcmp(version, PACKAGE_VERSION) == 0)
+		return TRUE;
+	*error_r = t_strdup_printf(
+		"dovetail was built for Dovecot "PACKAGE_VERSION", but this is "
+		"%s: it must be built again", version);
+	return FALSE;
+}
+#endif
+
 #ifdef MAIL_INDEX_H
 /* ---- an index: mail-index.h ---- */
 
@@ -99,6 +121,22 @@ dovetail_compat_ssl_client(struct ssl_iostream_context *ctx,
 	(void)event;
 	return io_stream_create_ssl_client(ctx, host, set, input, output,
 					   ssl_r, error_r);
+#endif
+}
+#endif
+
+#ifdef MAIL_CACHE_H
+/* ---- an index' cache: mail-cache.h ---- */
+
+static inline void
+dovetail_compat_cache_register(struct mail_cache *cache,
+			       struct mail_cache_field *field)
+{
+#if DOVETAIL_DOVECOT_24
+	mail_cache_register_fields(cache, field, 1,
+				   MAIL_CACHE_TRUNCATE_NAME_FAIL);
+#else
+	mail_cache_register_fields(cache, field, 1);
 #endif
 }
 #endif
@@ -178,7 +216,8 @@ dovetail_compat_namespace_is_foreign(const struct mail_namespace *ns)
 #include "master-service.h"
 #include "dovetail-settings.h"
 
-/* dovetail_settings_get_t for commands that are not about a user. */
+/* A setting for commands that are not about a user; NULL when it is not set, or
+   is so wrong that Dovecot says so. */
 static inline const char *
 dovetail_compat_doveadm_setting(void *context ATTR_UNUSED, const char *name)
 {
@@ -197,6 +236,32 @@ dovetail_compat_doveadm_setting(void *context ATTR_UNUSED, const char *name)
 	return value;
 #else
 	return doveadm_plugin_getenv(name);
+#endif
+}
+
+/* All of them; strings live on the data stack. Returns 0, or -1 and error_r. */
+static inline int
+dovetail_compat_doveadm_settings_read(struct dovetail_settings *set_r,
+				      const char **error_r)
+{
+	pool_t pool = pool_datastack_create();
+#if DOVETAIL_DOVECOT_24
+	const struct dovetail_setting_values *values;
+	int ret;
+
+	if (dovetail_setting_values_get(
+			master_service_get_event(master_service),
+			&values, error_r) < 0)
+		return -1;
+	ret = dovetail_settings_parse(pool, doveadm_settings->base_dir,
+				      dovetail_setting_values_find,
+				      (void *)values, set_r, error_r);
+	settings_free(values);
+	return ret;
+#else
+	return dovetail_settings_parse(pool, doveadm_settings->base_dir,
+				       dovetail_compat_doveadm_setting, NULL,
+				       set_r, error_r);
 #endif
 }
 

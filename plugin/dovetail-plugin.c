@@ -7,6 +7,7 @@
 #include "array.h"
 #include "ioloop.h"
 #include "mail-cache.h"
+#include "master-service.h"
 #include "mail-storage-private.h"
 #include "mail-index-transaction-private.h"
 #include "mail-index-modseq.h"
@@ -275,7 +276,7 @@ static void dovetail_keep_save_dates(struct mailbox *box)
 	    mail_cache_register_get_field(box->cache, idx)->decision ==
 	    field.decision)
 		return;
-	mail_cache_register_fields(box->cache, &field, 1);
+	dovetail_compat_cache_register(box->cache, &field);
 }
 
 static void dovetail_mailbox_opened(struct mailbox *box)
@@ -300,12 +301,25 @@ static struct mail_storage_hooks dovetail_hooks = {
 	.mail_allocated = dovetail_fence_mail_allocated,
 };
 
+static bool hooked = FALSE;
+
 void dovetail_plugin_init(struct module *module)
 {
+	const char *error;
+
+	if (!dovetail_compat_version_is_ours(master_service, &error)) {
+		/* Mail keeps flowing; what is written meanwhile is found in the
+		   mailboxes later. */
+		i_error("dovetail: Not replicating: %s", error);
+		return;
+	}
 	mail_storage_hooks_add(module, &dovetail_hooks);
+	hooked = TRUE;
 }
 
 void dovetail_plugin_deinit(void)
 {
-	mail_storage_hooks_remove(&dovetail_hooks);
+	if (hooked)
+		mail_storage_hooks_remove(&dovetail_hooks);
+	hooked = FALSE;
 }

@@ -391,6 +391,8 @@ int main(int argc, char *argv[])
 	if (master_getopt(master_service) > 0)
 		return FATAL_DEFAULT;
 	master_service_init_log(master_service);
+	if (!dovetail_compat_version_is_ours(master_service, &error))
+		i_fatal("%s", error);
 
 	/* As root: settings, keys, passwords, directories. */
 	if (dovetail_compat_service_settings_read(master_service,
