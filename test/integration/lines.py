@@ -52,7 +52,20 @@ class Line:
         if user:
             return ["chroot", "--userspec=%s:%s" % (user, user),
                     self.root or "/", *argv]
-        return ["chroot", self.root, *argv] if self.root else argv
+        return self.in_root(*argv)
+
+    def in_root(self, *argv):
+        """argv that runs a command of this Dovecot's system."""
+        return ["chroot", self.root, *argv] if self.root else list(argv)
+
+    def path(self, path):
+        """Where a file of this Dovecot's system stands for us."""
+        return (self.root or "") + path
+
+    def uid(self, user):
+        """The number of a user of its system, as text."""
+        with open(self.path("/etc/passwd")) as f:
+            return re.search("(?m)^%s:[^:]*:([0-9]+):" % user, f.read())[1]
 
     def option(self, name, value):
         """doveadm's arguments that override a setting of dovetail's."""

@@ -240,7 +240,8 @@ def test_wrong_settings_are_named(stopped, verb):
                         ("ack", "perhaps"), ("node", "")]:
         out, err = dovetail(stopped.a, verb, exit=CONFIG,
                                  **{name: value})
-        assert out == "" and "dovetail_%s: " % name in err
+        # what Dovecot 2.4 refuses by itself it calls "dovetail_ack=perhaps"
+        assert out == "" and re.search("dovetail_%s(: |=)" % name, err)
 
 
 @pytest.mark.parametrize("args", [

@@ -779,10 +779,9 @@ def test_no_peers(make_node):
 
 
 def test_least_privilege(node):
-    import pwd
     with open("/proc/%d/status" % node.pid()) as f:
         uid = re.search(r"Uid:\s+(\d+)\s+(\d+)\s+(\d+)", f.read()).groups()
-    assert set(uid) == {str(pwd.getpwnam("dovecot").pw_uid)}
+    assert set(uid) == {node.line.uid("dovecot")}
     with open("/proc/%d/status" % node.pid()) as f:
         assert re.search(r"CapEff:\s+0+$", f.read(), re.M)
 

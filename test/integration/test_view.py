@@ -43,8 +43,10 @@ def test_view_is_complete(user):
     boxes = picture.mailboxes
     assert {"INBOX", "Grüße & Küsse", "p/c", "Archive/old"} <= boxes.keys()
     assert picture.subscriptions == {"INBOX"}
+    # 2.4 drops those without children (mailbox_list_drop_noselect)
     assert picture.noselect == (
-        set() if user.primary.format == "maildir" else {"p/leaf"})
+        set() if user.primary.format == "maildir" or user.primary.line.is_24
+        else {"p/leaf"})
     assert boxes["INBOX"].uidnext == 4
     assert boxes["Archive/old"].messages[1].size == 1
     first = boxes["INBOX"].messages[1]
@@ -176,7 +178,7 @@ def test_all_ways_in(user):
     user.lmtp(mail("by Sieve"))
     assert user.flags("p/c", node)[2] == {r"\Flagged"}
     with user.imap() as session:
-        with pytest.raises(Refused, match="NO Mailbox doesn't exist"):
+        with pytest.raises(Refused, match="NO .*Mailbox doesn't exist"):
             session.select("nowhere")
 
 
