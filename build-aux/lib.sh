@@ -3,12 +3,12 @@
 # "top", the directory of the sources, and calls start.
 # shellcheck shell=bash disable=SC2034
 
-# What a bare Debian 12 lacks to build dovetail ...
+# What a bare Debian lacks to build dovetail ...
 packages_build=(autoconf automake gcc libc6-dev libtool make
 	dovecot-dev libhiredis-dev libsodium-dev)
 # ... and to run it
-packages_run=(dovecot-core dovecot-imapd dovecot-lmtpd dovecot-pop3d
-	dovecot-sieve openssl python3 redis-server)
+packages_run=(dovecot-core dovecot-imapd dovecot-lmtpd dovecot-managesieved
+	dovecot-pop3d dovecot-sieve openssl python3 redis-server)
 
 # Nothing in /usr/local, in a home directory or in the caller's environment
 # shall decide what is tested.
@@ -270,4 +270,18 @@ build() {
 
 	shift 2
 	step "$text" 900 bash -c "$build_script" build "$tmp/$dir" "$@"
+}
+
+# A Debian 13 for Dovecot 2.4 on a machine that has 2.3; made once and kept.
+tree=${DOVETAIL_TREE:-/var/cache/dovetail/trixie}
+
+make_tree() {
+	step "Debian 13 with Dovecot 2.4 in $tree" 1800 \
+		"$top/build-aux/debian-tree" trixie "$tree" \
+		"${packages_build[@]}" "${packages_run[@]}" binutils valgrind
+}
+
+# in_tree COMMAND...: there; $tmp is the same if it is below /tmp
+in_tree() {
+	"$top/build-aux/debian-tree" --run "$tree" "$@"
 }
