@@ -235,6 +235,21 @@ def test_imap_uid_move_and_back(box):
     assert subjects(box)[6] == "mail 1"
 
 
+def test_imap_replace(box):
+    """Only 2.4 knows REPLACE; what it does reaches a 2.3 all the same."""
+    if not box.primary.line.is_24:
+        return
+    with box.imap() as session:
+        session.select("INBOX")
+        session.do("REPLACE 2 INBOX", r"(\Seen)", literal(mail("new 2")))
+        session.do("UID REPLACE 3 work", literal(mail("new 3")))
+    box.wait_equal()
+    assert subjects(box) == {1: "mail 1", 4: "mail 4", 5: "mail 5",
+                             6: "new 2"}
+    assert box.flags()[6] == {r"\Seen"}
+    assert subjects(box, "work") == {1: "new 3"}
+
+
 # -- IMAP: flags
 
 def test_imap_store_add_flags(box):
