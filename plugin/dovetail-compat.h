@@ -310,6 +310,13 @@ dovetail_compat_storage_service_init(struct master_service *service,
 #endif
 }
 
+/* For mail_storage_service_all_init_mask(). */
+#if DOVETAIL_DOVECOT_24
+#  define DOVETAIL_COMPAT_ALL_USERS "*"
+#else
+#  define DOVETAIL_COMPAT_ALL_USERS ""
+#endif
+
 /* mail_storage_service_lookup_next(): the caller unreferences *service_user_r
    after mail_user_deinit(). */
 static inline int
@@ -407,6 +414,13 @@ dovetail_compat_service_settings_read(struct master_service *service,
 	return 0;
 }
 
+/* Once they are parsed. */
+static inline void
+dovetail_compat_service_settings_free(struct dovetail_compat_service *service)
+{
+	settings_free(service->set);
+}
+
 /* dovetail_settings_get_t with a struct dovetail_compat_service as context. */
 static inline const char *
 dovetail_compat_service_setting(void *context, const char *name)
@@ -481,6 +495,12 @@ dovetail_compat_service_settings_read(struct master_service *service,
 	service_r->default_internal_user = module_set->default_internal_user;
 	service_r->base_dir = master_service_settings_get(service)->base_dir;
 	return 0;
+}
+
+static inline void
+dovetail_compat_service_settings_free(struct dovetail_compat_service *service)
+{
+	service->set = NULL;
 }
 
 /* dovetail_settings_get_t with a struct dovetail_compat_service as context. */

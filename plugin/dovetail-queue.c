@@ -417,6 +417,7 @@ int main(int argc, char *argv[])
 	password = dovetail_service_read_password(set.key_dir);
 	tls = dovetail_service_tls_init(&set);
 	queue_get_user(&service, &rset);
+	dovetail_compat_service_settings_free(&service);
 	queue_make_state_dir(pool, &set, rset.uid, rset.gid);
 
 	restrict_access(&rset, RESTRICT_ACCESS_FLAG_ALLOW_ROOT, NULL);

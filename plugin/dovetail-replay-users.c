@@ -201,7 +201,8 @@ int replay_users_list(unsigned int shard, pool_t pool,
 	int ret;
 
 	p_array_init(users_r, pool, 128);
-	mail_storage_service_all_init_mask(users.storage_service, "");
+	mail_storage_service_all_init_mask(users.storage_service,
+					   DOVETAIL_COMPAT_ALL_USERS);
 	while ((ret = mail_storage_service_all_next(users.storage_service,
 						    &name)) > 0) {
 		if (dovetail_user_shard(name, replay.set.shards) != shard)

@@ -126,6 +126,7 @@ int main(int argc, char *argv[])
 				    dovetail_compat_service_setting, &service,
 				    &replay.set, &error) < 0)
 		i_fatal("%s", error);
+	dovetail_compat_service_settings_free(&service);
 	if (sodium_init() < 0)
 		i_fatal("sodium_init() failed");
 	if (dovetail_keyring_open(replay.set.key_dir, replay.set.node,
