@@ -32,7 +32,10 @@ ENDED = (r"Error: auth-master: userdb (lookup|list)\S* "
          r"failed: (Broken pipe|Connection re)",
          r"dovetail-replay\S*: Error: dovetail-queue closed the connection",
          r"Fatal: Error reading configuration: .*/run/config\)?.* failed",
-         r"master: Error: service\(\S+\): child \d+ returned error 89",
+         # 2.4, where so does each service of Dovecot's own
+         r"Fatal: (Error reading configuration: )?Failed to read "
+         r"configuration: fd_read\(\) failed: Connection reset",
+         r"master: Error: (service\(\S+\): )+child \d+ returned error 89",
          r"Error: (net_connect_unix|connect)\(\S*/anvil\) failed",
          r"(locking failed|wait_lock_fd).*Interrupted system call")
 # by Dovecot's storage, when a process died half-way through a commit, where
@@ -40,7 +43,8 @@ ENDED = (r"Error: auth-master: userdb (lookup|list)\S* "
 HALF_DONE = ("dbox-Mails/u.* already exists",
              "dovecot.index reset, view is now inconsistent",
              "Deleting corrupted cache", "Corrupted dbox file",
-             "mdbox map .* corrupted: map_uid=.* refcount too low")
+             "mdbox map .* corrupted: map_uid=.* refcount too low",
+             r"mdbox\(\S+\): Inconsistency in map index")
 
 
 def killed(*services):
