@@ -281,7 +281,5 @@ make_tree() {
 		"${packages_build[@]}" "${packages_run[@]}" binutils valgrind
 }
 
-# in_tree COMMAND...: there; $tmp is the same if it is below /tmp
-in_tree() {
-	"$top/build-aux/debian-tree" --run "$tree" "$@"
-}
+# before a command that is to run there; $tmp is the same if it is below /tmp
+in_tree=("$top/build-aux/debian-tree" --run "$tree")
