@@ -24,7 +24,8 @@ SETTINGS = {"dovetail_ack_timeout": "%ds" % ACK_TIMEOUT}
 NO_REDIS = (r"dovetail-(queue|replay)\S*: Error: "
             r"(redis\(\S+\): |log \d+: Redis has not answered)")
 # by Dovecot, when it ends or is reloaded under load: the userdb goes first
-ENDED = (r"Error: auth-master: userdb (lookup|list)\S* "
+ENDED = (r"auth\S*: Error: stat\(\S*/auth-userdb\) failed: No such file",
+         r"Error: auth-master: userdb (lookup|list)\S* "
          r"(connect\(\S*/auth-userdb\) failed|Disconnected unexpectedly)",
          r"dovetail-replay\S*: Error: Cannot open user \S+: Internal error",
          r"lmtp\S*: Error: .*Failed to lookup user",
