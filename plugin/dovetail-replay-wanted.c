@@ -267,7 +267,8 @@ void replay_wanted_add(const char *user, const char *origin,
 	}
 	e_info(replay.event, "User %s: Asking %s for %s: %s", user, origin,
 	       path[0] == '\0' ? "everything" :
-	       t_strdup_printf("mailbox %s", str_tabescape(path)), reason);
+	       t_strdup_printf("mailbox %s", t_str_replace(path, '\t', '/')),
+	       reason);
 	w = array_append_space(&wanted_list);
 	w->user = i_strdup(user);
 	w->origin = i_strdup(origin);

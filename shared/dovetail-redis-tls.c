@@ -123,12 +123,31 @@ int dovetail_redis_tls_start(struct dovetail_redis_tls *tls,
 			     struct istream **input, struct ostream **output,
 			     struct ssl_iostream **ssl_r, const char **error_r)
 {
+	const char *error;
+
 	if (dovetail_compat_ssl_client(tls->ctx, &tls->set, event, host, input,
-				       output, ssl_r, error_r) < 0)
+				       output, ssl_r, &error) < 0) {
+		*error_r = t_strdup_printf("TLS failed: %s", error);
 		return -1;
+	}
 	if (ssl_iostream_handshake(*ssl_r) < 0) {
-		*error_r = t_strdup(ssl_iostream_get_last_error(*ssl_r));
+		*error_r = dovetail_redis_tls_error(*ssl_r);
+		if (*error_r == NULL)
+			*error_r = "TLS failed: The server hung up";
 		return -1;
 	}
 	return 0;
+}
+
+const char *dovetail_redis_tls_error(struct ssl_iostream *ssl)
+{
+	const char *p, *error = ssl_iostream_get_last_error(ssl);
+
+	if (error == NULL || strcmp(error, "Connection closed") == 0)
+		return NULL;
+	/* Dovecot's advice is about its own settings */
+	p = strstr(error, " (check ");
+	return p == NULL ? t_strdup_printf("TLS failed: %s", error) :
+		t_strdup_printf("TLS failed: %s (check dovetail_redis_ca_file)",
+				t_strdup_until(error, p));
 }

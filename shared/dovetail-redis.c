@@ -472,26 +472,22 @@ dovetail_redis_handle_replies(struct dovetail_redis *redis,
 }
 
 static const char *
-dovetail_redis_read_error(const struct dovetail_redis_conn *conn)
+dovetail_redis_read_error(const struct dovetail_redis *redis,
+			  const struct dovetail_redis_conn *conn)
 {
+	bool hung_up = conn->input->stream_errno == EPIPE ||
+		conn->input->stream_errno == ECONNRESET;
 	const char *error;
 
-	if (conn->ssl != NULL &&
-	    (error = ssl_iostream_get_last_error(conn->ssl)) != NULL) {
-		/* Dovecot's advice is about its own settings */
-		if (strstr(error, " (check ") != NULL) {
-			return t_strdup_printf("TLS failed: %s (check "
-				"dovetail_redis_ca_file)", t_strdup_until(
-					error, strstr(error, " (check ")));
-		}
-		return t_strdup_printf("TLS failed: %s", error);
-	}
-	if (conn->ssl != NULL && (conn->input->stream_errno == EPIPE ||
-				  conn->input->stream_errno == ECONNRESET)) {
+	if (conn->ssl != NULL && hung_up &&
+	    redis->state == DOVETAIL_REDIS_GREETING) {
 		/* it may refuse us behind the end of our handshake */
 		return "TLS failed: The server hung up (does it know our "
 			"certificate, dovetail_redis_cert_file?)";
 	}
+	if (conn->ssl != NULL && !hung_up &&
+	    (error = dovetail_redis_tls_error(conn->ssl)) != NULL)
+		return error;
 	if (conn->input->stream_errno == 0)
 		return "The server closed the connection";
 	return t_strdup_printf("read() failed: %s",
@@ -513,7 +509,7 @@ dovetail_redis_read(struct dovetail_redis *redis,
 		if (ret == 0)
 			return TRUE;
 		if (ret < 0) {
-			*error_r = dovetail_redis_read_error(conn);
+			*error_r = dovetail_redis_read_error(redis, conn);
 			return FALSE;
 		}
 		if (redisReaderFeed(conn->reader, (const char *)data, size) !=
@@ -755,8 +751,7 @@ static void dovetail_redis_connected(struct dovetail_redis *redis)
 	    dovetail_redis_tls_start(redis->tls, redis->event, redis->url.host,
 				     &conn->input, &conn->output, &conn->ssl,
 				     &error) < 0) {
-		dovetail_redis_fail(redis, t_strdup_printf("TLS failed: %s",
-							   error));
+		dovetail_redis_fail(redis, error);
 		return;
 	}
 	conn->io = io_add_istream(conn->input, dovetail_redis_input, redis);

@@ -56,6 +56,9 @@ int dovetail_redis_tls_start(struct dovetail_redis_tls *tls,
 			     struct event *event, const char *host,
 			     struct istream **input, struct ostream **output,
 			     struct ssl_iostream **ssl_r, const char **error_r);
+/* What went wrong with TLS, for the administrator; NULL: nothing, the connection
+   was just closed. */
+const char *dovetail_redis_tls_error(struct ssl_iostream *ssl);
 
 struct dovetail_redis_callbacks {
 	/* Connected, authenticated, database selected: commands may be sent.

@@ -25,12 +25,13 @@ NO_REDIS = (r"dovetail-(queue|replay)\S*: Error: "
             r"(redis\(\S+\): |log \d+: Redis has not answered)")
 # by Dovecot, when it ends or is reloaded under load: the userdb goes first
 ENDED = (r"auth\S*: Error: stat\(\S*/auth-userdb\) failed: No such file",
+         r"Error: stats: open\(old-stats-user\) failed",
          r"Error: auth-master: userdb (lookup|list)\S* "
          r"(connect\(\S*/auth-userdb\) failed|Disconnected unexpectedly)",
          r"dovetail-replay\S*: Error: Cannot open user \S+: Internal error",
          r"lmtp\S*: Error: .*Failed to lookup user",
          r"dovetail-replay\S*: Error: (write|connect)\(\S*/dovetail-queue\) "
-         r"failed: (Broken pipe|Connection re)",
+         r"failed: (Broken pipe|Connection re|No such file)",
          r"dovetail-replay\S*: Error: dovetail-queue closed the connection",
          r"Fatal: Error reading configuration: .*/run/config\)?.* failed",
          # 2.4, where so does each service of Dovecot's own

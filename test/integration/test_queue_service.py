@@ -648,7 +648,7 @@ def test_somebody_writes_into_the_stream(node):
                  "18446744073709551615-18446744073709551615", "e", b"x")
         assert client.change(delta(3, 4)) == OK
         assert chained(node.entries(shard)) == 1
-        assert "Deleting the stream" in node.log_text()
+        wait_for(lambda: "Deleting the stream" in node.log_text(), "the log")
 
 
 def test_redis_refuses(node):
