@@ -91,9 +91,18 @@ list_create_dir(struct replay_user *user, const char *path,
 		const char **error_r)
 {
 	struct mailbox *box = list_alloc(user, path, error_r);
+	enum mailbox_existence existence;
 
 	if (box == NULL)
 		return REPLAY_FAILED;
+	/* Creating what is there because of its children would make it
+	   selectable, where names that are not exist only that way (Maildir++,
+	   and 2.4's mailbox_list_drop_noselect). */
+	if (mailbox_exists(box, FALSE, &existence) == 0 &&
+	    existence != MAILBOX_EXISTENCE_NONE) {
+		mailbox_free(&box);
+		return REPLAY_DONE;
+	}
 	return list_finish(&box, mailbox_create(box, NULL, TRUE),
 			   MAIL_ERROR_EXISTS, error_r);
 }
@@ -511,8 +520,6 @@ tree_place(struct tree *tree, const struct dovetail_tree_mailbox *tm,
 	struct mailbox *box;
 	int ret;
 
-	if (guid_128_is_empty(tm->guid))
-		return list_create_dir(tree->user, tm->name, error_r);
 	ret = list_find(tree->user, tm->guid, tm->name, &box, error_r);
 	if (ret < 0)
 		return REPLAY_FAILED;
@@ -589,8 +596,13 @@ replay_tree(struct replay_user *user, const char *origin,
 	if (result == REPLAY_DONE)
 		result = tree_move_aside(&tree, error_r);
 	array_foreach(&change->mailboxes, tm) {
-		if (result == REPLAY_DONE)
+		if (result == REPLAY_DONE && !guid_128_is_empty(tm->guid))
 			result = tree_place(&tree, tm, error_r);
+	}
+	/* parents are there by now, most of them */
+	array_foreach(&change->mailboxes, tm) {
+		if (result == REPLAY_DONE && guid_128_is_empty(tm->guid))
+			result = list_create_dir(tree.user, tm->name, error_r);
 	}
 	if (result == REPLAY_DONE)
 		result = tree_subscriptions(&tree, error_r);

@@ -293,6 +293,10 @@ def test_redis_slow(pair, user):
 @pytest.mark.parametrize("when", ["at-rest", "with-changes-waiting"])
 def test_redis_forgets_everything(pair, user, when):
     pair.expect_errors(NO_REDIS)
+    with user.imap() as session:
+        # a parent that is no mailbox must not become one
+        session.do("CREATE", "parent/child")
+    user.wait_equal()
     if when == "with-changes-waiting":
         pair.b.stop()
         work(user)
