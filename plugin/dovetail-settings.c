@@ -132,6 +132,20 @@ dovetail_settings_parse_redis(struct dovetail_settings_parser *parser,
 }
 
 static int
+dovetail_settings_parse_path(struct dovetail_settings_parser *parser,
+			     const char *value, const char **path_r,
+			     const char **error_r)
+{
+	if (*value != '/') {
+		*error_r = t_strdup_printf("'%s' does not begin with /",
+					   str_sanitize(value, 128));
+		return -1;
+	}
+	*path_r = p_strdup(parser->pool, value);
+	return 0;
+}
+
+static int
 dovetail_settings_parse_tls_file(struct dovetail_settings_parser *parser,
 				 const char *value, const char **path_r,
 				 const char **error_r)
@@ -144,13 +158,7 @@ dovetail_settings_parse_tls_file(struct dovetail_settings_parser *parser,
 			"begin with rediss://";
 		return -1;
 	}
-	if (*value != '/') {
-		*error_r = t_strdup_printf("'%s' does not begin with /",
-					   str_sanitize(value, 128));
-		return -1;
-	}
-	*path_r = p_strdup(parser->pool, value);
-	return 0;
+	return dovetail_settings_parse_path(parser, value, path_r, error_r);
 }
 
 static int
@@ -187,33 +195,19 @@ dovetail_settings_parse_redis_key_file(struct dovetail_settings_parser *parser,
 }
 
 static int
-dovetail_settings_parse_dir(struct dovetail_settings_parser *parser,
-			    const char *value, const char **dir_r,
-			    const char **error_r)
-{
-	if (*value != '/') {
-		*error_r = t_strdup_printf("'%s' does not begin with /",
-					   str_sanitize(value, 128));
-		return -1;
-	}
-	*dir_r = p_strdup(parser->pool, value);
-	return 0;
-}
-
-static int
 dovetail_settings_parse_key_dir(struct dovetail_settings_parser *parser,
 				const char *value, const char **error_r)
 {
-	return dovetail_settings_parse_dir(parser, value,
-					   &parser->set->key_dir, error_r);
+	return dovetail_settings_parse_path(parser, value,
+					    &parser->set->key_dir, error_r);
 }
 
 static int
 dovetail_settings_parse_state_dir(struct dovetail_settings_parser *parser,
 				  const char *value, const char **error_r)
 {
-	return dovetail_settings_parse_dir(parser, value,
-					   &parser->set->state_dir, error_r);
+	return dovetail_settings_parse_path(parser, value,
+					    &parser->set->state_dir, error_r);
 }
 
 static int
