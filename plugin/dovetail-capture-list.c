@@ -72,6 +72,23 @@ static bool list_wanted(struct mailbox *box)
 	return !dbox->internal && dbox->duser->primary;
 }
 
+/* Another object of the mailbox, of which nothing is captured; NULL when it cannot
+   be opened. */
+static struct mailbox *list_open_internal(struct mailbox *box)
+{
+	struct mailbox *internal;
+	struct dovetail_mailbox *dbox;
+
+	internal = mailbox_alloc(box->list, box->vname,
+				 MAILBOX_FLAG_IGNORE_ACLS);
+	dbox = DOVETAIL_MAILBOX_CONTEXT(internal);
+	if (dbox != NULL)
+		dbox->internal = TRUE;
+	if (mailbox_open(internal) < 0)
+		mailbox_free(&internal);
+	return internal;
+}
+
 /* The state of a mailbox as another object sees it. Returns FALSE when it
    cannot be selected. */
 static bool list_lookup(struct mailbox *box, guid_128_t guid_r,
@@ -79,13 +96,12 @@ static bool list_lookup(struct mailbox *box, guid_128_t guid_r,
 {
 	struct mailbox *internal;
 	struct mailbox_metadata metadata;
-	const char *error;
 	bool ok;
 
 	guid_128_empty(guid_r);
 	i_zero(status_r);
 	mail_storage_last_error_push(box->storage);
-	internal = dovetail_mailbox_open_internal(box, &error);
+	internal = list_open_internal(box);
 	ok = internal != NULL &&
 		mailbox_get_metadata(internal, MAILBOX_METADATA_GUID,
 				     &metadata) == 0 &&

@@ -63,26 +63,6 @@ struct capture {
 	char *error;
 };
 
-struct mailbox *dovetail_mailbox_open_internal(struct mailbox *box,
-					       const char **error_r)
-{
-	struct mailbox *internal;
-	struct dovetail_mailbox *dbox;
-
-	internal = mailbox_alloc(box->list, box->vname,
-				 MAILBOX_FLAG_IGNORE_ACLS);
-	dbox = DOVETAIL_MAILBOX_CONTEXT(internal);
-	if (dbox != NULL)
-		dbox->internal = TRUE;
-	if (mailbox_open(internal) < 0) {
-		*error_r = t_strdup(mailbox_get_last_internal_error(internal,
-								    NULL));
-		mailbox_free(&internal);
-		return NULL;
-	}
-	return internal;
-}
-
 int dovetail_mailbox_get_guid(struct mailbox *box, guid_128_t guid_r)
 {
 	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
@@ -558,8 +538,8 @@ struct capture_record {
 };
 ARRAY_DEFINE_TYPE(capture_record, struct capture_record);
 
-/* Copy the changes out of the log. What is done with them opens the mailbox once
-   more, which may map the log anew under a view that is being read.
+/* Copy the changes out of the log. Reading the messages they are about may map the
+   log anew under a view that is being read.
    Returns 1: done.  0: the log does not reach back to from.  -1: failed. */
 static int
 capture_read_log(struct capture *c, const struct dovetail_log_pos *from,

@@ -102,10 +102,6 @@ void dovetail_capture_copied(struct mailbox_transaction_context *t,
 void dovetail_capture_copies_saved(struct dovetail_mailbox *dbox,
 				   const struct mail_transaction_commit_changes *changes);
 
-/* Open another object of the mailbox, on which our hooks do nothing. Returns
-   NULL and the storage's error when that is not possible. */
-struct mailbox *dovetail_mailbox_open_internal(struct mailbox *box,
-					       const char **error_r);
 /* The mailbox' GUID, read once. Returns 0 or -1. */
 int dovetail_mailbox_get_guid(struct mailbox *box, guid_128_t guid_r);
 /* Wait for a batch at the user's ack level and note how it went. Returns 1: OK.
