@@ -89,7 +89,7 @@ dovetail_compat_ssl_settings(struct ssl_iostream_settings *set_r, pool_t pool,
 			     const char *ca, const char *cert, const char *key)
 {
 	i_zero(set_r);
-#if DOVECOT_PREREQ(2, 4, 0)
+#if DOVETAIL_DOVECOT_24
 	set_r->pool = pool;
 	set_r->ca.path = set_r->cert.cert.path = set_r->cert.key.path = "";
 	set_r->ca.content = ca;
@@ -114,7 +114,7 @@ dovetail_compat_ssl_client(struct ssl_iostream_context *ctx,
 			   struct istream **input, struct ostream **output,
 			   struct ssl_iostream **ssl_r, const char **error_r)
 {
-#if DOVECOT_PREREQ(2, 4, 0)
+#if DOVETAIL_DOVECOT_24
 	(void)set;
 	return io_stream_create_ssl_client(ctx, host, event, 0, input, output,
 					   ssl_r, error_r);
