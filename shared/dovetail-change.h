@@ -13,6 +13,7 @@
 
 #include "guid.h"
 #include "seq-range-array.h"
+#include "dovetail-digest.h"
 
 #define DOVETAIL_NAME_SEP '\t'
 
@@ -47,6 +48,16 @@ enum dovetail_change_kind {
 	DOVETAIL_CHANGE_SHARD_REQUEST = 7,
 	/* everything a SHARD_REQUEST asked for stands before this */
 	DOVETAIL_CHANGE_SHARD_SWEPT = 8,
+	/* a mailbox's digest at this place of the stream: replicas compare
+	   theirs and answer with VERIFIED */
+	DOVETAIL_CHANGE_VERIFY = 9,
+	/* a replica's answer to VERIFY, or to a TREE with a number */
+	DOVETAIL_CHANGE_VERIFIED = 10,
+	/* a replica whose digest differs asks the primary where: its digests
+	   of ranges of UIDs */
+	DOVETAIL_CHANGE_COMPARE = 11,
+	/* the primary's answer: finer ranges, and the messages of small ones */
+	DOVETAIL_CHANGE_COMPARED = 12,
 };
 
 /* A place in a mailbox's transaction log. Places are comparable only with
@@ -142,6 +153,12 @@ enum dovetail_mailbox_change_flags {
 	/* SNAPSHOT only: more APPENDs would follow, but the change is full.
 	   The replica asks again with its new UIDNEXT. */
 	DOVETAIL_MAILBOX_MORE = 0x02,
+	/* digest is the mailbox's at to */
+	DOVETAIL_MAILBOX_DIGEST = 0x04,
+	/* APPENDs of the messages a REQUEST named, as they are at this place
+	   of the stream; from and to are all zero. With MORE, the change is
+	   full: the asker asks for the rest again. */
+	DOVETAIL_MAILBOX_MESSAGES = 0x08,
 };
 
 struct dovetail_change_mailbox {
@@ -156,6 +173,8 @@ struct dovetail_change_mailbox {
 	/* What the mailbox's log says in [from, to) is in ops. A replica that
 	   is not at least at from misses something. */
 	struct dovetail_log_pos from, to;
+	/* with flag DIGEST */
+	struct dovetail_digest digest;
 	ARRAY_TYPE(dovetail_op) ops;
 };
 
@@ -192,11 +211,25 @@ struct dovetail_tree_mailbox {
 };
 ARRAY_DEFINE_TYPE(dovetail_tree_mailbox, struct dovetail_tree_mailbox);
 
+/* Who asks what, of a VERIFY or of a TREE to be compared. */
+enum dovetail_verify_flags {
+	/* read the messages from the store, not only what the index says */
+	DOVETAIL_VERIFY_DEEP = 0x01,
+	/* say which messages differ, and how */
+	DOVETAIL_VERIFY_EXPLAIN = 0x02,
+	/* make it equal */
+	DOVETAIL_VERIFY_REPAIR = 0x04,
+};
+
 struct dovetail_change_tree {
 	ARRAY_TYPE(dovetail_tree_mailbox) mailboxes;
 	ARRAY_TYPE(const_string) subscriptions;
+	/* not 0: answer with VERIFIED; without REPAIR, only compare */
+	uint32_t number;
+	enum dovetail_verify_flags flags;
 };
 
+/* Asks for a snapshot, of which an answer can be larger than a change: MORE. */
 struct dovetail_change_request {
 	/* all zero: the user's tree and every mailbox */
 	guid_128_t guid;
@@ -204,6 +237,84 @@ struct dovetail_change_request {
 	const char *name;
 	/* the asker has everything it can have below this UID */
 	uint32_t uid_next;
+	/* not empty: only these messages, as they are now; uid_next is 0 */
+	ARRAY_TYPE(seq_range) uids;
+};
+
+struct dovetail_change_verify {
+	/* of the question, chosen by the asker; the answer repeats it */
+	uint32_t number;
+	enum dovetail_verify_flags flags;
+	guid_128_t guid;
+	const char *name;
+	uint32_t uid_validity;
+	struct dovetail_digest digest;
+};
+
+enum dovetail_verified_result {
+	DOVETAIL_VERIFIED_EQUAL = 1,
+	DOVETAIL_VERIFIED_DIFFERENT = 2,
+	/* it was different, and what was different was replaced */
+	DOVETAIL_VERIFIED_REPAIRED = 3,
+	/* could not tell; texts say why */
+	DOVETAIL_VERIFIED_UNKNOWN = 4,
+};
+
+/* More differences than these are counted, not named. */
+#define DOVETAIL_VERIFIED_TEXTS_MAX 100
+struct dovetail_change_verified {
+	/* who had asked; it is for nobody else */
+	const char *node;
+	uint32_t number;
+	/* all zero: of the tree */
+	guid_128_t guid;
+	enum dovetail_verified_result result;
+	/* messages of the replica */
+	uint32_t messages;
+	/* differences, for people */
+	ARRAY_TYPE(const_string) texts;
+};
+
+/* Messages with uid1..uid2, their sum with the key of a COMPARE. */
+struct dovetail_range {
+	uint32_t uid1, uid2, count;
+	struct dovetail_sum sum;
+};
+ARRAY_DEFINE_TYPE(dovetail_range, struct dovetail_range);
+
+/* Ranges in one COMPARE or COMPARED */
+#define DOVETAIL_RANGES_MAX 4096
+
+struct dovetail_change_compare {
+	guid_128_t guid;
+	/* the name the asker knows, a hint */
+	const char *name;
+	uint32_t number;
+	uint8_t key[DOVETAIL_DIGEST_KEY_SIZE];
+	/* ascending, no UID in two of them */
+	ARRAY_TYPE(dovetail_range) ranges;
+};
+
+struct dovetail_compared_message {
+	uint32_t uid;
+	uint8_t flags;
+	const char *const *keywords;
+	uint8_t hash[DOVETAIL_MESSAGE_HASH_SIZE];
+};
+ARRAY_DEFINE_TYPE(dovetail_compared_message, struct dovetail_compared_message);
+
+/* What the primary has at this place of the stream, of those ranges of the COMPARE
+   that differ: parts of a range, or all messages of it. A range that is in neither
+   was equal. */
+struct dovetail_change_compared {
+	guid_128_t guid;
+	uint32_t number;
+	uint32_t uid_validity, uid_next;
+	uint64_t highest_modseq;
+	ARRAY_TYPE(dovetail_range) ranges;
+	/* messages has all messages with these UIDs */
+	ARRAY_TYPE(seq_range) uids;
+	ARRAY_TYPE(dovetail_compared_message) messages;
 };
 
 struct dovetail_change_spool {
@@ -234,6 +345,10 @@ struct dovetail_change {
 		struct dovetail_change_request request;
 		struct dovetail_change_spool spool;
 		struct dovetail_change_shard shard;
+		struct dovetail_change_verify verify;
+		struct dovetail_change_verified verified;
+		struct dovetail_change_compare compare;
+		struct dovetail_change_compared compared;
 	} u;
 };
 

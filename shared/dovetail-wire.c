@@ -10,13 +10,21 @@
 
 /* The flags that travel: \Recent and Dovecot's internal bits do not. */
 #define WIRE_MAIL_FLAGS ((uint8_t)MAIL_FLAGS_NONRECENT)
-#define WIRE_MAILBOX_FLAGS (DOVETAIL_MAILBOX_SNAPSHOT | DOVETAIL_MAILBOX_MORE)
+#define WIRE_MAILBOX_FLAGS \
+	(DOVETAIL_MAILBOX_SNAPSHOT | DOVETAIL_MAILBOX_MORE | \
+	 DOVETAIL_MAILBOX_DIGEST | DOVETAIL_MAILBOX_MESSAGES)
+#define WIRE_VERIFY_FLAGS \
+	(DOVETAIL_VERIFY_DEEP | DOVETAIL_VERIFY_EXPLAIN | \
+	 DOVETAIL_VERIFY_REPAIR)
 
 /* The smallest encodings, which bound what a claimed count may allocate */
 #define WIRE_KEYWORD_MIN_SIZE 2
 #define WIRE_RANGE_MIN_SIZE 2
 #define WIRE_TREE_MAILBOX_MIN_SIZE (GUID_128_SIZE + 3)
 #define WIRE_SUBSCRIPTION_MIN_SIZE 1
+#define WIRE_TEXT_MIN_SIZE 2
+#define WIRE_RANGE_DIGEST_MIN_SIZE (3 + DOVETAIL_DIGEST_SUM_SIZE)
+#define WIRE_COMPARED_MESSAGE_MIN_SIZE (3 + DOVETAIL_MESSAGE_HASH_SIZE)
 
 /* ---- primitives ---- */
 
@@ -226,16 +234,36 @@ static void put_pos(buffer_t *buf, const struct dovetail_log_pos *pos)
 	dovetail_wire_put_num(buf, pos->file_offset);
 }
 
+static void put_sum(buffer_t *buf, const struct dovetail_sum *sum)
+{
+	uint8_t bytes[DOVETAIL_DIGEST_SUM_SIZE];
+
+	dovetail_sum_to_bytes(sum, bytes);
+	buffer_append(buf, bytes, sizeof(bytes));
+}
+
+static void put_digest(buffer_t *buf, const struct dovetail_digest *digest)
+{
+	buffer_append(buf, digest->key, sizeof(digest->key));
+	put_sum(buf, &digest->sum);
+	dovetail_wire_put_num(buf, digest->count);
+}
+
+static void put_keywords(buffer_t *buf, const char *const *keywords)
+{
+	unsigned int i, count = str_array_length(keywords);
+
+	dovetail_wire_put_num(buf, count);
+	for (i = 0; i < count; i++)
+		dovetail_wire_put_str(buf, keywords[i]);
+}
+
 static void put_append(buffer_t *buf, const struct dovetail_op_append *append)
 {
-	unsigned int i, count = str_array_length(append->keywords);
-
 	dovetail_wire_put_num(buf, append->uid);
 	dovetail_wire_put_str(buf, append->guid);
 	dovetail_wire_put_u8(buf, append->flags & WIRE_MAIL_FLAGS);
-	dovetail_wire_put_num(buf, count);
-	for (i = 0; i < count; i++)
-		dovetail_wire_put_str(buf, append->keywords[i]);
+	put_keywords(buf, append->keywords);
 	dovetail_wire_put_snum(buf, append->received_date);
 	dovetail_wire_put_snum(buf, append->save_date);
 	dovetail_wire_put_str(buf, append->pop3_uidl);
@@ -297,6 +325,8 @@ static void put_mailbox(buffer_t *buf, const struct dovetail_change_mailbox *m)
 	dovetail_wire_put_u8(buf, m->flags);
 	put_pos(buf, &m->from);
 	put_pos(buf, &m->to);
+	if ((m->flags & DOVETAIL_MAILBOX_DIGEST) != 0)
+		put_digest(buf, &m->digest);
 	if (!array_is_created(&m->ops))
 		return;
 	array_foreach(&m->ops, op)
@@ -332,6 +362,90 @@ static void put_tree(buffer_t *buf, const struct dovetail_change_tree *tree)
 	dovetail_wire_put_num(buf, array_count(&tree->subscriptions));
 	array_foreach(&tree->subscriptions, name)
 		dovetail_wire_put_str(buf, *name);
+	dovetail_wire_put_num(buf, tree->number);
+	dovetail_wire_put_u8(buf, tree->flags);
+}
+
+static void
+put_request(buffer_t *buf, const struct dovetail_change_request *request)
+{
+	dovetail_wire_put_guid(buf, request->guid);
+	dovetail_wire_put_str(buf, request->name);
+	dovetail_wire_put_num(buf, request->uid_next);
+	if (array_is_created(&request->uids))
+		dovetail_wire_put_uids(buf, &request->uids);
+	else
+		dovetail_wire_put_num(buf, 0);
+}
+
+static void
+put_verify(buffer_t *buf, const struct dovetail_change_verify *verify)
+{
+	dovetail_wire_put_num(buf, verify->number);
+	dovetail_wire_put_u8(buf, verify->flags);
+	dovetail_wire_put_guid(buf, verify->guid);
+	dovetail_wire_put_str(buf, verify->name);
+	dovetail_wire_put_num(buf, verify->uid_validity);
+	put_digest(buf, &verify->digest);
+}
+
+static void
+put_verified(buffer_t *buf, const struct dovetail_change_verified *verified)
+{
+	const char *const *text;
+
+	dovetail_wire_put_str(buf, verified->node);
+	dovetail_wire_put_num(buf, verified->number);
+	dovetail_wire_put_guid(buf, verified->guid);
+	dovetail_wire_put_u8(buf, verified->result);
+	dovetail_wire_put_num(buf, verified->messages);
+	dovetail_wire_put_num(buf, array_count(&verified->texts));
+	array_foreach(&verified->texts, text)
+		dovetail_wire_put_str(buf, *text);
+}
+
+static void put_ranges(buffer_t *buf, const ARRAY_TYPE(dovetail_range) *ranges)
+{
+	const struct dovetail_range *range;
+
+	dovetail_wire_put_num(buf, array_count(ranges));
+	array_foreach(ranges, range) {
+		dovetail_wire_put_num(buf, range->uid1);
+		dovetail_wire_put_num(buf, range->uid2 - range->uid1);
+		dovetail_wire_put_num(buf, range->count);
+		put_sum(buf, &range->sum);
+	}
+}
+
+static void
+put_compare(buffer_t *buf, const struct dovetail_change_compare *compare)
+{
+	dovetail_wire_put_guid(buf, compare->guid);
+	dovetail_wire_put_str(buf, compare->name);
+	dovetail_wire_put_num(buf, compare->number);
+	buffer_append(buf, compare->key, sizeof(compare->key));
+	put_ranges(buf, &compare->ranges);
+}
+
+static void
+put_compared(buffer_t *buf, const struct dovetail_change_compared *compared)
+{
+	const struct dovetail_compared_message *message;
+
+	dovetail_wire_put_guid(buf, compared->guid);
+	dovetail_wire_put_num(buf, compared->number);
+	dovetail_wire_put_num(buf, compared->uid_validity);
+	dovetail_wire_put_num(buf, compared->uid_next);
+	dovetail_wire_put_num(buf, compared->highest_modseq);
+	put_ranges(buf, &compared->ranges);
+	dovetail_wire_put_uids(buf, &compared->uids);
+	dovetail_wire_put_num(buf, array_count(&compared->messages));
+	array_foreach(&compared->messages, message) {
+		dovetail_wire_put_num(buf, message->uid);
+		dovetail_wire_put_u8(buf, message->flags);
+		put_keywords(buf, message->keywords);
+		buffer_append(buf, message->hash, sizeof(message->hash));
+	}
 }
 
 void dovetail_change_encode(buffer_t *buf, const struct dovetail_change *change)
@@ -350,9 +464,7 @@ void dovetail_change_encode(buffer_t *buf, const struct dovetail_change *change)
 		put_tree(buf, &change->u.tree);
 		return;
 	case DOVETAIL_CHANGE_REQUEST:
-		dovetail_wire_put_guid(buf, change->u.request.guid);
-		dovetail_wire_put_str(buf, change->u.request.name);
-		dovetail_wire_put_num(buf, change->u.request.uid_next);
+		put_request(buf, &change->u.request);
 		return;
 	case DOVETAIL_CHANGE_SPOOL:
 		buffer_append(buf, change->u.spool.id, DOVETAIL_SPOOL_ID_SIZE);
@@ -366,6 +478,18 @@ void dovetail_change_encode(buffer_t *buf, const struct dovetail_change *change)
 		dovetail_wire_put_u8(buf, change->u.shard.shard);
 		dovetail_wire_put_str(buf, change->u.shard.node);
 		dovetail_wire_put_num(buf, change->u.shard.number);
+		return;
+	case DOVETAIL_CHANGE_VERIFY:
+		put_verify(buf, &change->u.verify);
+		return;
+	case DOVETAIL_CHANGE_VERIFIED:
+		put_verified(buf, &change->u.verified);
+		return;
+	case DOVETAIL_CHANGE_COMPARE:
+		put_compare(buf, &change->u.compare);
+		return;
+	case DOVETAIL_CHANGE_COMPARED:
+		put_compared(buf, &change->u.compared);
 		return;
 	}
 	i_unreached();
@@ -482,6 +606,20 @@ static void get_guid(struct decoder *d, const char *field, guid_128_t guid_r)
 	check(d, field);
 }
 
+static void get_mailbox_guid(struct decoder *d, guid_128_t guid_r)
+{
+	get_guid(d, "guid", guid_r);
+	if (guid_128_is_empty(guid_r))
+		invalid(d, "guid", "is zero");
+}
+
+static void get_node(struct decoder *d, const char **node_r)
+{
+	*node_r = get_str(d, "node");
+	if (!dovetail_node_name_is_valid(*node_r))
+		invalid(d, "node", "is not a node name");
+}
+
 /* A count of things of at least min_size bytes each */
 static unsigned int
 get_count(struct decoder *d, const char *field, size_t min_size)
@@ -517,6 +655,31 @@ static bool pos_is_zero(const struct dovetail_log_pos *pos)
 {
 	return pos->index_id == 0 && pos->file_seq == 0 &&
 		pos->file_offset == 0;
+}
+
+static void get_sum(struct decoder *d, const char *field,
+		    struct dovetail_sum *sum_r)
+{
+	const void *data = get_raw(d, field, DOVETAIL_DIGEST_SUM_SIZE);
+
+	if (data != NULL)
+		dovetail_sum_from_bytes(data, sum_r);
+}
+
+static void
+get_key(struct decoder *d, uint8_t key_r[DOVETAIL_DIGEST_KEY_SIZE])
+{
+	const void *data = get_raw(d, "key", DOVETAIL_DIGEST_KEY_SIZE);
+
+	if (data != NULL)
+		memcpy(key_r, data, DOVETAIL_DIGEST_KEY_SIZE);
+}
+
+static void get_digest(struct decoder *d, struct dovetail_digest *digest_r)
+{
+	get_key(d, digest_r->key);
+	get_sum(d, "digest", &digest_r->sum);
+	digest_r->count = get_num32(d, "count");
 }
 
 static void get_keywords(struct decoder *d, const char *const **keywords_r)
@@ -632,15 +795,16 @@ static void get_ops(struct decoder *d, struct dovetail_change_mailbox *m)
 		if ((op->type == DOVETAIL_OP_EXISTS) !=
 		    (snapshot && d->op_idx == 1))
 			invalid(d, "type", "is out of place");
+		if (op->type != DOVETAIL_OP_APPEND &&
+		    (m->flags & DOVETAIL_MAILBOX_MESSAGES) != 0)
+			invalid(d, "type", "is out of place");
 	}
 }
 
 static void get_mailbox(struct decoder *d, struct dovetail_change_mailbox *m)
 {
 	d->kind = "mailbox change";
-	get_guid(d, "guid", m->guid);
-	if (guid_128_is_empty(m->guid))
-		invalid(d, "guid", "is zero");
+	get_mailbox_guid(d, m->guid);
 	m->name = get_str(d, "name");
 	m->uid_validity = get_num32(d, "uid_validity");
 	m->uid_next = get_num32(d, "uid_next");
@@ -648,11 +812,22 @@ static void get_mailbox(struct decoder *d, struct dovetail_change_mailbox *m)
 	m->flags = get_flags(d, "flags", WIRE_MAILBOX_FLAGS);
 	get_pos(d, "from", &m->from);
 	get_pos(d, "to", &m->to);
-	if (m->flags == DOVETAIL_MAILBOX_MORE)
+	if ((m->flags & DOVETAIL_MAILBOX_MORE) != 0 &&
+	    (m->flags & (DOVETAIL_MAILBOX_SNAPSHOT |
+			 DOVETAIL_MAILBOX_MESSAGES)) == 0)
 		invalid(d, "flags", "have more without snapshot");
+	if ((m->flags & DOVETAIL_MAILBOX_MESSAGES) != 0) {
+		if ((m->flags & (DOVETAIL_MAILBOX_SNAPSHOT |
+				 DOVETAIL_MAILBOX_DIGEST)) != 0)
+			invalid(d, "flags", "do not go with each other");
+		if (!pos_is_zero(&m->from) || !pos_is_zero(&m->to))
+			invalid(d, "to", "is not zero with single messages");
+	}
 	if ((m->flags & DOVETAIL_MAILBOX_SNAPSHOT) != 0 &&
 	    !pos_is_zero(&m->from))
 		invalid(d, "from", "is not zero in a snapshot");
+	if ((m->flags & DOVETAIL_MAILBOX_DIGEST) != 0)
+		get_digest(d, &m->digest);
 	p_array_init(&m->ops, d->pool, 4);
 }
 
@@ -720,6 +895,10 @@ static void get_tree(struct decoder *d, struct dovetail_change_tree *tree)
 		name = get_str(d, "subscription");
 		array_push_back(&tree->subscriptions, &name);
 	}
+	tree->number = get_num32(d, "number");
+	tree->flags = get_flags(d, "flags", WIRE_VERIFY_FLAGS);
+	if (tree->number == 0 && tree->flags != 0)
+		invalid(d, "flags", "are given without number");
 }
 
 static void
@@ -731,6 +910,120 @@ get_request(struct decoder *d, struct dovetail_change_request *request)
 	if (guid_128_is_empty(request->guid) && *request->name != '\0')
 		invalid(d, "name", "is given without guid");
 	request->uid_next = get_num32(d, "uid_next");
+	p_array_init(&request->uids, d->pool, 1);
+	dovetail_wire_get_uids(&d->r, &request->uids);
+	check(d, "uids");
+	if (array_count(&request->uids) > 0 &&
+	    (request->uid_next != 0 || guid_128_is_empty(request->guid)))
+		invalid(d, "uids", "do not go with the rest");
+}
+
+static void
+get_verify(struct decoder *d, struct dovetail_change_verify *verify)
+{
+	d->kind = "verify";
+	verify->number = get_num32(d, "number");
+	verify->flags = get_flags(d, "flags", WIRE_VERIFY_FLAGS);
+	get_mailbox_guid(d, verify->guid);
+	verify->name = get_str(d, "name");
+	verify->uid_validity = get_num32(d, "uid_validity");
+	get_digest(d, &verify->digest);
+}
+
+static void
+get_verified(struct decoder *d, struct dovetail_change_verified *verified)
+{
+	unsigned int i, count;
+	const char *text;
+	uint8_t result;
+
+	d->kind = "verified";
+	get_node(d, &verified->node);
+	verified->number = get_num32(d, "number");
+	get_guid(d, "guid", verified->guid);
+	result = get_u8(d, "result");
+	verified->result = result;
+	if (result < DOVETAIL_VERIFIED_EQUAL ||
+	    result > DOVETAIL_VERIFIED_UNKNOWN)
+		invalid(d, "result", "is unknown");
+	verified->messages = get_num32(d, "messages");
+	count = get_count(d, "texts", WIRE_TEXT_MIN_SIZE);
+	p_array_init(&verified->texts, d->pool, I_MAX(count, 1));
+	for (i = 0; i < count && !d->r.failed; i++) {
+		text = get_filled_str(d, "text");
+		array_push_back(&verified->texts, &text);
+	}
+}
+
+static void
+get_ranges(struct decoder *d, ARRAY_TYPE(dovetail_range) *ranges)
+{
+	struct dovetail_range *range;
+	unsigned int i, count;
+	uint64_t uid2;
+	uint32_t last = 0;
+
+	count = get_count(d, "ranges", WIRE_RANGE_DIGEST_MIN_SIZE);
+	if (count > DOVETAIL_RANGES_MAX)
+		invalid(d, "ranges", "are too many");
+	p_array_init(ranges, d->pool, I_MAX(d->r.failed ? 0 : count, 1));
+	for (i = 0; i < count && !d->r.failed; i++) {
+		range = array_append_space(ranges);
+		range->uid1 = get_uid(d, "uid1");
+		uid2 = (uint64_t)range->uid1 + get_num32(d, "uid2");
+		range->uid2 = uid2;
+		if (range->uid1 <= last || uid2 > UINT32_MAX)
+			invalid(d, "ranges", "are not in order");
+		last = range->uid2;
+		range->count = get_num32(d, "count");
+		get_sum(d, "sum", &range->sum);
+	}
+}
+
+static void
+get_compare(struct decoder *d, struct dovetail_change_compare *compare)
+{
+	d->kind = "compare";
+	get_mailbox_guid(d, compare->guid);
+	compare->name = get_str(d, "name");
+	compare->number = get_num32(d, "number");
+	get_key(d, compare->key);
+	get_ranges(d, &compare->ranges);
+}
+
+static void
+get_compared(struct decoder *d, struct dovetail_change_compared *compared)
+{
+	struct dovetail_compared_message *message;
+	unsigned int i, count;
+	uint32_t last = 0;
+	const void *data;
+
+	d->kind = "compared";
+	get_mailbox_guid(d, compared->guid);
+	compared->number = get_num32(d, "number");
+	compared->uid_validity = get_num32(d, "uid_validity");
+	compared->uid_next = get_num32(d, "uid_next");
+	compared->highest_modseq = get_num(d, "highest_modseq");
+	get_ranges(d, &compared->ranges);
+	p_array_init(&compared->uids, d->pool, 1);
+	dovetail_wire_get_uids(&d->r, &compared->uids);
+	check(d, "uids");
+	count = get_count(d, "messages", WIRE_COMPARED_MESSAGE_MIN_SIZE);
+	p_array_init(&compared->messages, d->pool, I_MAX(count, 1));
+	for (i = 0; i < count && !d->r.failed; i++) {
+		message = array_append_space(&compared->messages);
+		message->uid = get_uid(d, "uid");
+		if (message->uid <= last ||
+		    !seq_range_exists(&compared->uids, message->uid))
+			invalid(d, "uid", "is out of place");
+		last = message->uid;
+		message->flags = get_flags(d, "flags", WIRE_MAIL_FLAGS);
+		get_keywords(d, &message->keywords);
+		data = get_raw(d, "hash", DOVETAIL_MESSAGE_HASH_SIZE);
+		if (data != NULL)
+			memcpy(message->hash, data, sizeof(message->hash));
+	}
 }
 
 static void get_spool(struct decoder *d, struct dovetail_change_spool *spool)
@@ -753,9 +1046,7 @@ static void get_shard(struct decoder *d, struct dovetail_change_shard *shard)
 {
 	d->kind = "shard change";
 	shard->shard = get_u8(d, "shard");
-	shard->node = get_str(d, "node");
-	if (!dovetail_node_name_is_valid(shard->node))
-		invalid(d, "node", "is not a node name");
+	get_node(d, &shard->node);
 	shard->number = get_num32(d, "number");
 }
 
@@ -825,6 +1116,18 @@ change_decode(pool_t pool, const void *data, size_t size, bool head_only,
 	case DOVETAIL_CHANGE_SHARD_REQUEST:
 	case DOVETAIL_CHANGE_SHARD_SWEPT:
 		get_shard(&d, &change_r->u.shard);
+		break;
+	case DOVETAIL_CHANGE_VERIFY:
+		get_verify(&d, &change_r->u.verify);
+		break;
+	case DOVETAIL_CHANGE_VERIFIED:
+		get_verified(&d, &change_r->u.verified);
+		break;
+	case DOVETAIL_CHANGE_COMPARE:
+		get_compare(&d, &change_r->u.compare);
+		break;
+	case DOVETAIL_CHANGE_COMPARED:
+		get_compared(&d, &change_r->u.compared);
 		break;
 	default:
 		invalid(&d, "kind", "is unknown");

@@ -246,6 +246,12 @@ static void text_change(string_t *str, const struct dovetail_change *change)
 		text_str(str, " node=", change->u.shard.node);
 		str_printfa(str, " number=%u", change->u.shard.number);
 		return;
+	case DOVETAIL_CHANGE_VERIFY:
+	case DOVETAIL_CHANGE_VERIFIED:
+	case DOVETAIL_CHANGE_COMPARE:
+	case DOVETAIL_CHANGE_COMPARED:
+		/* no vectors yet */
+		return;
 	}
 }
 

@@ -365,11 +365,11 @@ def tree(mailboxes, subscriptions, user="alice"):
             guid.hex(), qstr(name), uid_validity, uid_next)
     data += num(len(subscriptions)) + b"".join(map(bstr, subscriptions))
     text += "".join(" | subscription " + qstr(s) for s in subscriptions)
-    return data, text
+    return data + num(0) + b"\0", text
 
 
 def request(guid=GUID_A, name="INBOX", uid_next=8, user="alice"):
-    return (head(4, user) + guid + bstr(name) + num(uid_next),
+    return (head(4, user) + guid + bstr(name) + num(uid_next) + num(0),
             "request user=%s guid=%s name=%s uid_next=%d" %
             (qstr(user), guid.hex(), qstr(name), uid_next))
 
@@ -601,10 +601,10 @@ def make_changes():
     data, text = mailbox([append(inline=b"a" * 65536, size=65536)])
     f.ok("APPEND, the largest body INLINE", "change",
          data[:-65536].hex() + " 61*65536", text)
-    data, text = request(name="a" * (4 * 1024 * 1024 - 28), uid_next=8)
+    data, text = request(name="a" * (4 * 1024 * 1024 - 29), uid_next=8)
     assert len(data) == 4 * 1024 * 1024
     f.ok("the largest change", "change",
-         data[:27].hex() + " 61*%d 08" % (4 * 1024 * 1024 - 28), text)
+         data[:27].hex() + " 61*%d 08 00" % (4 * 1024 * 1024 - 29), text)
     return f
 
 
@@ -622,7 +622,7 @@ def make_refused_changes():
     app = append(inline=BODY)[0]
     bad("nothing", b"", "change: kind")
     bad("kind 0", head(0, "u"), "change: kind")
-    bad("kind of a newer version", head(9, "u"), "change: kind")
+    bad("kind of a newer version", head(13, "u"), "change: kind")
     bad("HEARTBEAT with a user", heartbeat("u"), "heartbeat: user")
     bad("HEARTBEAT with a byte left over", heartbeat()[0] + b"\x00",
         "heartbeat: end")
@@ -639,7 +639,7 @@ def make_refused_changes():
         "mailbox change: uid_next")
     bad("MAILBOX: file_offset of 33 bits", mailbox(to=(1, 1, 2**32)),
         "mailbox change: to")
-    bad("MAILBOX: unknown flag", mailbox(flags=4), "mailbox change: flags")
+    bad("MAILBOX: unknown flag", mailbox(flags=16), "mailbox change: flags")
     bad("MAILBOX: MORE goes with SNAPSHOT only", mailbox(flags=MORE),
         "mailbox change: flags")
     bad("SNAPSHOT with a position before", mailbox(flags=SNAPSHOT),
@@ -730,13 +730,13 @@ def make_refused_changes():
         "tree change: mailbox name")
     bad("TREE: more subscriptions than bytes left",
         head(3, "u") + num(0) + num(2**64 - 1), "tree change: subscriptions")
-    bad("TREE: subscription cut off", tree([], ["INBOX"])[0][:-1],
+    bad("TREE: subscription cut off", tree([], ["INBOX"])[0][:-3],
         "tree change: subscription")
     bad("TREE with a byte left over", tree([], [])[0] + b"\x00",
         "tree change: end")
     bad("REQUEST with a name and no GUID", request(NO_GUID, "INBOX"),
         "request: name")
-    bad("REQUEST cut off", request()[0][:-1], "request: uid_next")
+    bad("REQUEST cut off", request()[0][:-2], "request: uid_next")
     bad("SHARD_REQUEST with a user", shard_change(SHARD_REQUEST, user="u"),
         "shard change: user")
     bad("SHARD_REQUEST without a node", shard_change(SHARD_REQUEST, node=""),
@@ -758,10 +758,10 @@ def make_refused_changes():
     f.bad("APPEND, body INLINE one byte too large", "change",
           mailbox([append(inline=b"", size=65537)])[0].hex() + " 61*65537",
           "append 1: body")
-    data, _ = request(name="a" * (4 * 1024 * 1024 - 27))
+    data, _ = request(name="a" * (4 * 1024 * 1024 - 28))
     assert len(data) == 4 * 1024 * 1024 + 1
     f.bad("one byte more than the largest change", "change",
-          data[:27].hex() + " 61*%d 08" % (4 * 1024 * 1024 - 27),
+          data[:27].hex() + " 61*%d 08 00" % (4 * 1024 * 1024 - 28),
           "change: size")
     return f
 
