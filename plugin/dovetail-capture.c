@@ -18,6 +18,8 @@
 #include "mail-index-modseq.h"
 #include "mail-transaction-log-view-private.h"
 #include "dovetail-compat.h"
+#include "dovetail-log.h"
+#include "dovetail-mailbox-digest.h"
 #include "dovetail-name.h"
 #include "dovetail-plugin.h"
 #include "dovetail-position.h"
@@ -43,6 +45,8 @@ struct capture {
 	struct dovetail_mailbox *dbox;
 	struct dovetail_user *duser;
 	struct mail_index_view *view;
+	/* the mailbox's digest has it now */
+	bool view_taken;
 	uint64_t deadline;
 
 	/* since the first message was read */
@@ -136,7 +140,7 @@ static void capture_deinit(struct capture *c)
 		   read */
 		mailbox_transaction_rollback(&c->trans);
 	}
-	if (c->view != NULL)
+	if (c->view != NULL && !c->view_taken)
 		mail_index_view_close(&c->view);
 	buffer_free(&c->ops);
 	buffer_free(&c->body);
@@ -191,6 +195,18 @@ static int capture_send_encoded(struct capture *c)
 	}
 	c->sent_count++;
 	return 0;
+}
+
+/* Say what the mailbox is after the change, if that is known: the ops so far are all
+   there is up to the end of the view. */
+static void capture_add_digest(struct capture *c)
+{
+	struct dovetail_change_mailbox *mailbox = &c->change.u.mailbox;
+
+	if (dovetail_mailbox_digest_follow(c->dbox->digest, c->view,
+					   &mailbox->digest))
+		mailbox->flags |= DOVETAIL_MAILBOX_DIGEST;
+	c->view_taken = TRUE;
 }
 
 /* Send the ops so far as the change up to c->change's to. */
@@ -251,10 +267,13 @@ static int capture_spool_chunk(struct capture *c, const uint8_t *spool_id,
 }
 
 /* Read the message's body into c->body, or, when it is large, send it ahead in
-   chunks. Returns 1: done.  0: deferred.  -1: failed (c->error, or the mail is
-   gone). */
-static int capture_body(struct capture *c, struct dovetail_op_append *append)
+   chunks. Returns 1: done, and hash_r is the message's.  0: deferred.  -1: failed
+   (c->error, or the mail is gone). */
+static int capture_body(struct capture *c, struct dovetail_op_append *append,
+			uint8_t hash_r[DOVETAIL_MESSAGE_HASH_SIZE])
 {
+	struct dovetail_body_hash hash;
+	guid_128_t guid;
 	struct istream *input;
 	const unsigned char *data;
 	size_t size, chunk;
@@ -263,11 +282,13 @@ static int capture_body(struct capture *c, struct dovetail_op_append *append)
 
 	if (mail_get_stream(c->mail, NULL, NULL, &input) < 0)
 		return -1;
+	dovetail_body_hash_init(&hash);
 	buffer_set_used_size(c->body, 0);
 	append->source = DOVETAIL_BODY_INLINE;
 	while ((ret = i_stream_read_more(input, &data, &size)) > 0) {
 		chunk = I_MIN(size, DOVETAIL_SPOOL_CHUNK_SIZE - c->body->used);
 		buffer_append(c->body, data, chunk);
+		dovetail_body_hash_more(&hash, data, chunk);
 		i_stream_skip(input, chunk);
 		if (c->body->used <= DOVETAIL_BODY_INLINE_MAX_SIZE)
 			continue;
@@ -301,6 +322,8 @@ static int capture_body(struct capture *c, struct dovetail_op_append *append)
 		 capture_spool_chunk(c, append->spool_id, offset,
 				     c->body->data, c->body->used) < 0)
 		return -1;
+	dovetail_message_guid(append->guid, guid);
+	dovetail_body_hash_final(&hash, guid, append->received_date, hash_r);
 	return 1;
 }
 
@@ -318,14 +341,38 @@ capture_find_hint(struct capture *c, uint32_t uid)
 	return array_bsearch(&c->dbox->hints, &uid, copy_hint_cmp);
 }
 
+/* Flags and keywords as the view has them: what came later stands in the log behind
+   the view's end. */
+static void capture_flags_at(struct capture *c, uint32_t seq,
+			     struct dovetail_op_append *append)
+{
+	const ARRAY_TYPE(keywords) *names =
+		mail_index_get_keywords(c->box->index);
+	ARRAY_TYPE(keyword_indexes) indexes;
+	ARRAY_TYPE(const_string) keywords;
+	enum mail_flags flags;
+	const unsigned int *idx;
+	const char *name;
+
+	t_array_init(&indexes, 8);
+	t_array_init(&keywords, 8);
+	mail_index_lookup_view_flags(c->view, seq, &flags, &indexes);
+	array_foreach(&indexes, idx) {
+		name = array_idx_elem(names, *idx);
+		array_push_back(&keywords, &name);
+	}
+	array_append_zero(&keywords);
+	append->flags = flags & DOVETAIL_FLAGS_MASK;
+	append->keywords = array_front(&keywords);
+}
+
 static int capture_metadata(struct capture *c, struct dovetail_op_append *append)
 {
 	struct mail *mail = c->mail;
 	const char *value;
 	uoff_t size;
 
-	append->flags = mail_get_flags(mail) & DOVETAIL_FLAGS_MASK;
-	append->keywords = mail_get_keywords(mail);
+	capture_flags_at(c, mail->seq, append);
 	if (mail_get_special(mail, MAIL_FETCH_GUID, &append->guid) < 0 ||
 	    mail_get_received_date(mail, &append->received_date) < 0 ||
 	    mail_get_save_date(mail, &append->save_date) < 0 ||
@@ -347,7 +394,9 @@ static int capture_metadata(struct capture *c, struct dovetail_op_append *append
 static int capture_message_real(struct capture *c, uint32_t uid)
 {
 	const struct dovetail_copy_hint *hint;
+	uint8_t hash[DOVETAIL_MESSAGE_HASH_SIZE];
 	struct dovetail_op op;
+	bool have_hash = TRUE;
 	int ret;
 
 	capture_begin_reading(c);
@@ -364,13 +413,20 @@ static int capture_message_real(struct capture *c, uint32_t uid)
 			guid_128_copy(op.append.copy_mailbox_guid,
 				      hint->src_mailbox_guid);
 			op.append.copy_uid = hint->src_uid;
+			have_hash = hint->have_hash;
+			memcpy(hash, hint->hash, sizeof(hash));
 			ret = 1;
 		} else {
-			ret = capture_body(c, &op.append);
+			ret = capture_body(c, &op.append, hash);
 		}
 	}
-	if (ret > 0)
+	if (ret > 0) {
 		dovetail_op_encode(c->ops, &op);
+		if (have_hash) {
+			dovetail_mailbox_digest_set(c->dbox->digest, uid,
+						    hash);
+		}
+	}
 	if (ret < 0 && c->error == NULL) {
 		if (c->mail->expunged)
 			return 1;
@@ -392,24 +448,6 @@ static int capture_message(struct capture *c, uint32_t uid)
 
 /* ---- the log ---- */
 
-static bool capture_is_change(const struct mail_transaction_header *hdr)
-{
-	switch (hdr->type & MAIL_TRANSACTION_TYPE_MASK) {
-	case MAIL_TRANSACTION_APPEND:
-	case MAIL_TRANSACTION_FLAG_UPDATE:
-	case MAIL_TRANSACTION_KEYWORD_UPDATE:
-	case MAIL_TRANSACTION_KEYWORD_RESET:
-		return TRUE;
-	case MAIL_TRANSACTION_EXPUNGE:
-	case MAIL_TRANSACTION_EXPUNGE | MAIL_TRANSACTION_EXPUNGE_PROT:
-	case MAIL_TRANSACTION_EXPUNGE_GUID:
-	case MAIL_TRANSACTION_EXPUNGE_GUID | MAIL_TRANSACTION_EXPUNGE_PROT:
-		/* without EXTERNAL it is a wish, not a fact */
-		return (hdr->type & MAIL_TRANSACTION_EXTERNAL) != 0;
-	}
-	return FALSE;
-}
-
 static void capture_op(struct capture *c, struct dovetail_op *op,
 		       enum dovetail_op_type type)
 {
@@ -422,14 +460,13 @@ static void capture_op(struct capture *c, struct dovetail_op *op,
 /* One record can be many messages. A part of it goes out without claiming a
    place in the log (to is from): only the change with its end does. */
 static int capture_append(struct capture *c,
-			  const struct mail_transaction_header *hdr,
-			  const void *data)
+			  const struct dovetail_log_record *record)
 {
 	struct dovetail_change_mailbox *mailbox = &c->change.u.mailbox;
-	const struct mail_index_record *rec = data, *end;
+	const struct mail_index_record *rec = record->data, *end;
 	int ret;
 
-	end = CONST_PTR_OFFSET(data, hdr->size);
+	end = CONST_PTR_OFFSET(record->data, record->size);
 	for (; rec < end; rec++) {
 		if (c->ops->used > DOVETAIL_CHANGE_SPLIT_SIZE) {
 			mailbox->to = mailbox->from;
@@ -443,13 +480,13 @@ static int capture_append(struct capture *c,
 }
 
 static void capture_flags(struct capture *c,
-			  const struct mail_transaction_header *hdr,
-			  const void *data, struct dovetail_op *op)
+			  const struct dovetail_log_record *record,
+			  struct dovetail_op *op)
 {
-	const struct mail_transaction_flag_update *rec = data, *end;
+	const struct mail_transaction_flag_update *rec = record->data, *end;
 	uint8_t add, remove;
 
-	end = CONST_PTR_OFFSET(data, hdr->size);
+	end = CONST_PTR_OFFSET(record->data, record->size);
 	for (; rec < end; rec++) {
 		add = rec->add_flags & DOVETAIL_FLAGS_MASK;
 		remove = rec->remove_flags & DOVETAIL_FLAGS_MASK;
@@ -464,135 +501,45 @@ static void capture_flags(struct capture *c,
 	capture_op(c, op, DOVETAIL_OP_FLAGS);
 }
 
-static void capture_keyword(struct capture *c,
-			    const struct mail_transaction_header *hdr,
-			    const void *data, struct dovetail_op *op)
-{
-	const struct mail_transaction_keyword_update *rec = data;
-	unsigned int offset = sizeof(*rec) + rec->name_size;
-	const uint32_t *uid, *end;
-
-	if ((offset % 4) != 0)
-		offset += 4 - (offset % 4);
-	uid = CONST_PTR_OFFSET(data, offset);
-	end = CONST_PTR_OFFSET(data, hdr->size);
-	for (; uid + 1 < end; uid += 2)
-		seq_range_array_add_range(&op->uids, uid[0], uid[1]);
-	op->keyword = t_strndup(rec + 1, rec->name_size);
-	capture_op(c, op, rec->modify_type == MODIFY_ADD ?
-		   DOVETAIL_OP_KEYWORD_ADD : DOVETAIL_OP_KEYWORD_REMOVE);
-}
-
 /* Returns 1, 0 when deferred, -1 when failed. */
 static int capture_record(struct capture *c,
-			  const struct mail_transaction_header *hdr,
-			  const void *data)
+			  const struct dovetail_log_record *record)
 {
-	const struct mail_transaction_keyword_reset *reset;
-	const struct mail_transaction_expunge *expunge;
-	const struct mail_transaction_expunge_guid *expunge_guid;
-	const void *end = CONST_PTR_OFFSET(data, hdr->size);
+	const struct mail_transaction_keyword_update *keyword = record->data;
+	enum dovetail_op_type type;
 	struct dovetail_op op;
 
 	i_zero(&op);
 	t_array_init(&op.uids, 32);
-	switch (hdr->type & MAIL_TRANSACTION_TYPE_MASK) {
+	switch (record->type) {
 	case MAIL_TRANSACTION_APPEND:
-		return capture_append(c, hdr, data);
+		return capture_append(c, record);
 	case MAIL_TRANSACTION_FLAG_UPDATE:
-		capture_flags(c, hdr, data, &op);
-		break;
+		capture_flags(c, record, &op);
+		return 1;
 	case MAIL_TRANSACTION_KEYWORD_UPDATE:
-		capture_keyword(c, hdr, data, &op);
+		op.keyword = t_strndup(keyword + 1, keyword->name_size);
+		type = keyword->modify_type == MODIFY_ADD ?
+			DOVETAIL_OP_KEYWORD_ADD : DOVETAIL_OP_KEYWORD_REMOVE;
 		break;
 	case MAIL_TRANSACTION_KEYWORD_RESET:
-		for (reset = data; (const void *)reset < end; reset++) {
-			seq_range_array_add_range(&op.uids, reset->uid1,
-						  reset->uid2);
-		}
-		capture_op(c, &op, DOVETAIL_OP_KEYWORD_RESET);
-		break;
-	case MAIL_TRANSACTION_EXPUNGE:
-	case MAIL_TRANSACTION_EXPUNGE | MAIL_TRANSACTION_EXPUNGE_PROT:
-		for (expunge = data; (const void *)expunge < end; expunge++) {
-			seq_range_array_add_range(&op.uids, expunge->uid1,
-						  expunge->uid2);
-		}
-		capture_op(c, &op, DOVETAIL_OP_EXPUNGE);
+		type = DOVETAIL_OP_KEYWORD_RESET;
 		break;
 	default:
-		for (expunge_guid = data; (const void *)expunge_guid < end;
-		     expunge_guid++)
-			seq_range_array_add(&op.uids, expunge_guid->uid);
-		capture_op(c, &op, DOVETAIL_OP_EXPUNGE);
+		type = DOVETAIL_OP_EXPUNGE;
 		break;
 	}
-	return 1;
-}
-
-/* A record of the log that is a change, copied. */
-struct capture_record {
-	struct dovetail_log_pos pos;
-	struct mail_transaction_header hdr;
-	const void *data;
-};
-ARRAY_DEFINE_TYPE(capture_record, struct capture_record);
-
-/* Copy the changes out of the log. Reading the messages they are about may map the
-   log anew under a view that is being read.
-   Returns 1: done.  0: the log does not reach back to from.  -1: failed. */
-static int
-capture_read_log(struct capture *c, const struct dovetail_log_pos *from,
-		 const struct dovetail_log_pos *end, pool_t pool,
-		 ARRAY_TYPE(capture_record) *records)
-{
-	struct mail_transaction_log_view *lv;
-	const struct mail_transaction_header *hdr;
-	struct capture_record *record;
-	const char *reason;
-	const void *data;
-	uoff_t offset;
-	bool reset;
-	int ret;
-
-	lv = mail_transaction_log_view_open(c->box->index->log);
-	ret = mail_transaction_log_view_set(lv, from->file_seq,
-					    from->file_offset, end->file_seq,
-					    end->file_offset, &reset, &reason);
-	if (ret > 0 && reset)
-		ret = 0;
-	else if (ret < 0)
-		capture_fail(c, "%s", reason);
-	if (ret <= 0) {
-		mail_transaction_log_view_close(&lv);
-		return ret;
-	}
-	while ((ret = mail_transaction_log_view_next(lv, &hdr, &data)) > 0) {
-		if (!capture_is_change(hdr))
-			continue;
-		record = array_append_space(records);
-		record->pos.index_id = from->index_id;
-		mail_transaction_log_view_get_prev_pos(lv,
-			&record->pos.file_seq, &offset);
-		record->pos.file_offset = offset;
-		record->hdr = *hdr;
-		record->data = p_memdup(pool, data, hdr->size);
-	}
-	mail_transaction_log_view_close(&lv);
-	if (ret < 0) {
-		capture_fail(c, "Cannot read the log of the index: %s",
-			     dovetail_index_error(c->box->index));
-		return -1;
-	}
+	dovetail_log_record_uids(record, &op.uids);
+	capture_op(c, &op, type);
 	return 1;
 }
 
 /* Make changes of the records. Returns 1, 0 when deferred, -1 when failed. */
 static int capture_records(struct capture *c,
-			   const ARRAY_TYPE(capture_record) *records)
+			   const ARRAY_TYPE(dovetail_log_record) *records)
 {
 	struct dovetail_change_mailbox *mailbox = &c->change.u.mailbox;
-	const struct capture_record *record;
+	const struct dovetail_log_record *record;
 	struct dovetail_log_pos known;
 	const char *error;
 	bool asked = FALSE;
@@ -621,7 +568,7 @@ static int capture_records(struct capture *c,
 				return -1;
 		}
 		T_BEGIN {
-			ret = capture_record(c, &record->hdr, record->data);
+			ret = capture_record(c, record);
 		} T_END;
 		if (ret <= 0)
 			break;
@@ -637,15 +584,19 @@ static int capture_log(struct capture *c, const struct dovetail_log_pos *from,
 		       struct dovetail_log_pos *sent_r)
 {
 	struct dovetail_change_mailbox *mailbox = &c->change.u.mailbox;
-	ARRAY_TYPE(capture_record) records;
+	ARRAY_TYPE(dovetail_log_record) records;
+	const char *error;
 	pool_t pool;
 	int ret;
 
 	mailbox->from = *from;
 	pool = pool_alloconly_create("dovetail capture", 1024);
 	i_array_init(&records, 8);
-	ret = capture_read_log(c, from, end, pool, &records);
-	if (ret > 0 && capture_records(c, &records) < 0)
+	ret = dovetail_log_read(c->box->index, from, end, pool, &records,
+				&error);
+	if (ret < 0)
+		capture_fail(c, "%s", error);
+	else if (ret > 0 && capture_records(c, &records) < 0)
 		ret = -1;
 	array_free(&records);
 	pool_unref(&pool);
@@ -662,6 +613,7 @@ static int capture_log(struct capture *c, const struct dovetail_log_pos *from,
 			mailbox->to = *end;
 			mailbox->uid_next =
 				mail_index_get_header(c->view)->next_uid;
+			capture_add_digest(c);
 		}
 		if (capture_flush(c) < 0)
 			return -1;
@@ -684,10 +636,10 @@ static void capture_snapshot_state(struct capture *c, uint32_t seq2)
 	ARRAY_TYPE(seq_range) by_flags[DOVETAIL_FLAGS_MASK + 1];
 	ARRAY_TYPE(seq_range) *by_keyword;
 	ARRAY_TYPE(keyword_indexes) kw_indexes;
-	const struct mail_index_record *rec;
+	enum mail_flags flags;
 	struct dovetail_op op;
 	const unsigned int *idx;
-	uint32_t seq;
+	uint32_t seq, uid;
 
 	i_zero(&op);
 	t_array_init(&op.uids, 128);
@@ -699,17 +651,15 @@ static void capture_snapshot_state(struct capture *c, uint32_t seq2)
 	t_array_init(&kw_indexes, 32);
 
 	for (seq = 1; seq <= seq2; seq++) {
-		rec = mail_index_lookup(c->view, seq);
-		seq_range_array_add(&op.uids, rec->uid);
-		if ((rec->flags & DOVETAIL_FLAGS_MASK) != 0) {
-			seq_range_array_add(
-				&by_flags[rec->flags & DOVETAIL_FLAGS_MASK],
-				rec->uid);
-		}
-		mail_index_lookup_keywords(c->view, seq, &kw_indexes);
+		mail_index_lookup_uid(c->view, seq, &uid);
+		mail_index_lookup_view_flags(c->view, seq, &flags, &kw_indexes);
+		seq_range_array_add(&op.uids, uid);
+		flags &= DOVETAIL_FLAGS_MASK;
+		if (flags != 0)
+			seq_range_array_add(&by_flags[flags], uid);
 		array_foreach(&kw_indexes, idx) {
 			if (*idx < name_count)
-				seq_range_array_add(&by_keyword[*idx], rec->uid);
+				seq_range_array_add(&by_keyword[*idx], uid);
 		}
 	}
 	op.type = DOVETAIL_OP_EXISTS;
@@ -763,6 +713,8 @@ static int capture_snapshot(struct capture *c, uint32_t uid_next,
 		return -1;
 	if (ret == 0)
 		mailbox->flags |= DOVETAIL_MAILBOX_MORE;
+	if ((mailbox->flags & DOVETAIL_MAILBOX_MORE) == 0)
+		capture_add_digest(c);
 	*sent_r = mailbox->to;
 	return capture_flush(c) < 0 ? -1 : 1;
 }
@@ -779,7 +731,7 @@ static void capture_write_position(struct mailbox *box,
 	dbox->unwritten = 0;
 	if (box->deleting || mail_index_is_deleted(box->index))
 		return;
-	if (dovetail_position_set_queued(box, pos, &error) < 0) {
+	if (dovetail_position_set_queued(box, pos, dbox->digest, &error) < 0) {
 		/* Renamed or deleted meanwhile, or Dovecot's index code has
 		   logged what is wrong. The queue and the replica drop what
 		   comes again. */
@@ -794,7 +746,8 @@ static void capture_settle(struct mailbox *box, int ret)
 	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
 	struct dovetail_user *duser = dbox->duser;
 
-	if (ret > 0 && ++dbox->unwritten >= CAPTURE_UNWRITTEN_MAX)
+	if (ret > 0 && (++dbox->unwritten >= CAPTURE_UNWRITTEN_MAX ||
+			dovetail_mailbox_digest_is_urgent(dbox->digest)))
 		capture_write_position(box, &dbox->sent);
 	if (ret < 0) {
 		/* what was confirmed and not written is found again: sent does
@@ -859,7 +812,8 @@ static bool capture_wanted(struct mailbox *box)
 
 	return dbox != NULL && !dbox->internal && !dbox->capturing &&
 		dbox->duser->primary && box->opened && box->index != NULL &&
-		!box->deleting && !mail_index_is_deleted(box->index) &&
+		dbox->digest != NULL && !box->deleting &&
+		!mail_index_is_deleted(box->index) &&
 		!MAIL_INDEX_IS_IN_MEMORY(box->index);
 }
 
@@ -963,8 +917,12 @@ void dovetail_capture_copied(struct mailbox_transaction_context *t,
 		i_array_init(&dbox->copied, 16);
 	hint = array_append_space(&dbox->copied);
 	if (src_dbox != NULL && src_dbox->duser == dbox->duser &&
-	    dovetail_mailbox_get_guid(src->box, hint->src_mailbox_guid) == 0)
+	    dovetail_mailbox_get_guid(src->box, hint->src_mailbox_guid) == 0) {
 		hint->src_uid = src->uid;
+		hint->have_hash = src_dbox->digest != NULL &&
+			dovetail_mailbox_digest_get(src_dbox->digest, src->uid,
+						    hint->hash);
+	}
 }
 
 void dovetail_capture_copies_saved(struct dovetail_mailbox *dbox,

@@ -18,6 +18,7 @@
 #include "dovetail-name.h"
 #include "dovetail-plugin.h"
 #include "dovetail-plugin-init.h"
+#include "dovetail-mailbox-digest.h"
 #include "dovetail-position.h"
 
 struct dovetail_user_module dovetail_user_module =
@@ -214,6 +215,7 @@ static void dovetail_mailbox_close(struct mailbox *box)
 	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
 
 	dovetail_capture_close(box);
+	dovetail_mailbox_digest_close(&dbox->digest);
 	array_free(&dbox->hints);
 	dbox->module_ctx.super.close(box);
 }
@@ -292,6 +294,7 @@ static void dovetail_mailbox_opened(struct mailbox *box)
 	   client asked first: no replica could promise to show as much. */
 	mail_index_modseq_enable(box->index);
 	dovetail_position_log_end(box, &dbox->seen);
+	dbox->digest = dovetail_mailbox_digest_open(box);
 }
 
 static struct mail_storage_hooks dovetail_hooks = {

@@ -42,6 +42,9 @@ struct dovetail_copy_hint {
 	uint32_t uid;
 	guid_128_t src_mailbox_guid;
 	uint32_t src_uid;
+	/* of the message, which is the copy's as well */
+	bool have_hash;
+	uint8_t hash[DOVETAIL_MESSAGE_HASH_SIZE];
 };
 
 struct dovetail_mailbox {
@@ -71,6 +74,9 @@ struct dovetail_mailbox {
 	bool unconfirmed;
 	/* confirmed changes since the position was written */
 	unsigned int unwritten;
+
+	/* NULL when the mailbox is not open, or this node not the primary */
+	struct dovetail_mailbox_digest *digest;
 };
 
 extern MODULE_CONTEXT_DEFINE(dovetail_user_module, &mail_user_module_register);

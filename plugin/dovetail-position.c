@@ -5,6 +5,7 @@
 #include "mail-index-private.h"
 #include "mail-index-view-private.h"
 #include "dovetail-compat.h"
+#include "dovetail-mailbox-digest.h"
 #include "dovetail-position.h"
 
 #include <sodium.h>
@@ -86,6 +87,7 @@ void dovetail_position_log_end(struct mailbox *box,
 
 int dovetail_position_set_queued(struct mailbox *box,
 				 const struct dovetail_log_pos *queued,
+				 struct dovetail_mailbox_digest *md,
 				 const char **error_r)
 {
 	struct mail_index *index = box->index;
@@ -104,6 +106,8 @@ int dovetail_position_set_queued(struct mailbox *box,
 	mail_index_update_header_ext(trans, dovetail_ext_register(index),
 				     DOVETAIL_EXT_QUEUED_OFFSET,
 				     data, sizeof(data));
+	if (md != NULL)
+		dovetail_mailbox_digest_write(md, trans);
 	ret = mail_index_transaction_commit(&trans);
 	if (ret < 0)
 		*error_r = dovetail_index_error(index);

@@ -11,6 +11,7 @@ struct mailbox;
 struct mail_index;
 struct mail_index_view;
 struct mail_index_transaction;
+struct dovetail_mailbox_digest;
 
 #define DOVETAIL_ORIGIN_ID_SIZE 8
 
@@ -39,10 +40,11 @@ bool dovetail_position_get(struct mailbox *box,
 void dovetail_position_log_end(struct mailbox *box,
 			       struct dovetail_log_pos *pos_r);
 
-/* Write queued in a transaction of its own. Returns 0, or -1 and error_r (data
-   stack). */
+/* Write queued in a transaction of its own, and with it what md (or NULL) has to
+   write. Returns 0, or -1 and error_r (data stack). */
 int dovetail_position_set_queued(struct mailbox *box,
 				 const struct dovetail_log_pos *queued,
+				 struct dovetail_mailbox_digest *md,
 				 const char **error_r);
 /* Make applied (and origin) part of the transaction that applies a change. */
 void dovetail_position_update_applied(struct mail_index *index,

@@ -19,6 +19,7 @@
 #include "mailbox-list-private.h"
 #include "index-pop3-uidl.h"
 #include "dovetail-compat.h"
+#include "dovetail-mailbox-digest.h"
 #include "dovetail-name.h"
 #include "dovetail-position.h"
 #include "dovetail-replay.h"
@@ -38,6 +39,7 @@ struct replay_mailbox_ctx {
 	const struct dovetail_change_mailbox *change;
 	uint8_t origin_id[DOVETAIL_ORIGIN_ID_SIZE];
 	struct mailbox *box;
+	struct dovetail_mailbox_digest *digest;
 
 	/* UIDNEXT here before the change */
 	uint32_t uid_next;
@@ -353,6 +355,45 @@ static int replay_save_copy(struct replay_mailbox_ctx *ctx,
 	return ret;
 }
 
+/* The hash of a message to be saved, whose body input is; input stands at its
+   beginning again. Returns 0 or -1. */
+static int replay_hash_body(const struct dovetail_op_append *append,
+			    struct istream *input,
+			    uint8_t hash_r[DOVETAIL_MESSAGE_HASH_SIZE])
+{
+	struct dovetail_body_hash hash;
+	const unsigned char *data;
+	guid_128_t guid;
+	size_t size;
+
+	dovetail_body_hash_init(&hash);
+	while (i_stream_read_more(input, &data, &size) > 0) {
+		dovetail_body_hash_more(&hash, data, size);
+		i_stream_skip(input, size);
+	}
+	if (input->stream_errno != 0)
+		return -1;
+	i_stream_seek(input, 0);
+	dovetail_message_guid(append->guid, guid);
+	dovetail_body_hash_final(&hash, guid, append->received_date, hash_r);
+	return 0;
+}
+
+/* The hash of the message a COPY refers to: it is the copy's as well. */
+static bool
+replay_hash_of_source(struct replay_mailbox_ctx *ctx,
+		      const struct dovetail_op_append *append,
+		      uint8_t hash_r[DOVETAIL_MESSAGE_HASH_SIZE])
+{
+	struct mailbox *source;
+	const char *error;
+
+	return replay_find_copy_source(ctx, append, &source, &error) > 0 &&
+		dovetail_mailbox_digest_get(
+			replay_user_mailbox_digest(ctx->user, source),
+			append->copy_uid, hash_r);
+}
+
 static int replay_save(struct replay_mailbox_ctx *ctx,
 		       struct mailbox_transaction_context *t,
 		       const struct dovetail_op_append *append)
@@ -360,6 +401,8 @@ static int replay_save(struct replay_mailbox_ctx *ctx,
 	struct mail_save_context *save_ctx;
 	struct mail_keywords *keywords;
 	struct istream *input;
+	uint8_t hash[DOVETAIL_MESSAGE_HASH_SIZE];
+	bool have_hash = FALSE;
 	int ret;
 
 	save_ctx = mailbox_save_alloc(t);
@@ -384,6 +427,7 @@ static int replay_save(struct replay_mailbox_ctx *ctx,
 
 	switch (append->source) {
 	case DOVETAIL_BODY_COPY:
+		have_hash = replay_hash_of_source(ctx, append, hash);
 		ret = replay_save_copy(ctx, save_ctx, append);
 		break;
 	case DOVETAIL_BODY_SPOOL:
@@ -393,12 +437,20 @@ static int replay_save(struct replay_mailbox_ctx *ctx,
 			ctx->error = "A body went away while it was saved";
 			return -1;
 		}
+		have_hash = replay_hash_body(append, input, hash) == 0;
 		ret = replay_save_stream(save_ctx, input);
 		break;
 	default:
 		input = i_stream_create_from_data(append->body, append->size);
+		have_hash = replay_hash_body(append, input, hash) == 0;
 		ret = replay_save_stream(save_ctx, input);
 		i_stream_unref(&input);
+	}
+	if (ret == 0 && have_hash) {
+		dovetail_mailbox_digest_update(ctx->box, t->itrans,
+					       t->itrans->last_new_seq,
+					       append->flags, append->keywords,
+					       hash);
 	}
 	if (ret < 0 && ctx->error == NULL) {
 		ctx->error = t_strdup_printf("Cannot save UID %u: %s",
@@ -569,13 +621,6 @@ static void replay_raise_mail_modseq(struct replay_mailbox_ctx *ctx,
 		mail_update_modseq(mail, ctx->change->highest_modseq);
 }
 
-static void replay_guid_128(const char *guid, guid_128_t guid_r)
-{
-	/* what a storage makes of another format's GUID */
-	if (guid_128_from_string(guid, guid_r) < 0)
-		mail_generate_guid_128_hash(guid, guid_r);
-}
-
 /* Is the message here the one the primary has under this UID? */
 static bool replay_is_same(struct replay_mailbox_ctx *ctx, struct mail *mail,
 			   const struct dovetail_op_append *append)
@@ -586,8 +631,8 @@ static bool replay_is_same(struct replay_mailbox_ctx *ctx, struct mail *mail,
 	if (mail_get_special(mail, MAIL_FETCH_GUID, &guid) < 0 ||
 	    guid[0] == '\0')
 		return TRUE;
-	replay_guid_128(guid, here);
-	replay_guid_128(append->guid, there);
+	dovetail_message_guid(guid, here);
+	dovetail_message_guid(append->guid, there);
 	if (guid_128_equals(here, there))
 		return TRUE;
 	ctx->error = t_strdup_printf("UID %u is another message here than at "
@@ -907,6 +952,38 @@ static bool replay_snapshot_lacks(struct replay_mailbox_ctx *ctx,
 	return last->seq2 >= ctx->uid_next;
 }
 
+bool replay_digest_differs(struct dovetail_mailbox_digest *md,
+			   const struct dovetail_digest *there,
+			   struct dovetail_digest *here_r)
+{
+	bool same_key;
+
+	if (!dovetail_mailbox_digest_now(md, here_r))
+		return FALSE;
+	same_key = memcmp(here_r->key, there->key, sizeof(there->key)) == 0;
+	if (same_key && dovetail_digest_equals(here_r, there))
+		return FALSE;
+	/* before we say so: not what was followed, but what there is */
+	return dovetail_mailbox_digest_recompute(md, there->key, here_r) &&
+		!dovetail_digest_equals(here_r, there);
+}
+
+/* Is the mailbox now what it is at the primary? */
+static void replay_compare_digest(struct replay_mailbox_ctx *ctx)
+{
+	const struct dovetail_change_mailbox *change = ctx->change;
+	struct dovetail_digest here;
+
+	if ((change->flags & DOVETAIL_MAILBOX_DIGEST) == 0)
+		return;
+	if (!replay_digest_differs(ctx->digest, &change->digest, &here))
+		return;
+	e_error(replay.event, "User %s mailbox %s: Differs from the "
+		  "primary's (%u messages here, %u there)",
+		  replay_user_mail_user(ctx->user)->username, ctx->box->vname,
+		  here.count, change->digest.count);
+}
+
 static enum replay_result
 replay_mailbox_apply(struct replay_mailbox_ctx *ctx, bool wanted)
 {
@@ -926,6 +1003,7 @@ replay_mailbox_apply(struct replay_mailbox_ctx *ctx, bool wanted)
 	case REPLAY_FIT_APPLY:
 		break;
 	}
+	ctx->digest = replay_user_mailbox_digest(ctx->user, ctx->box);
 	if (replay_mailbox_open(ctx) < 0)
 		return REPLAY_FAILED;
 	replay_collect(ctx, &updates, &exists);
@@ -963,6 +1041,7 @@ replay_mailbox_apply(struct replay_mailbox_ctx *ctx, bool wanted)
 		ctx->error = "More messages are to come";
 		return REPLAY_LACKING;
 	}
+	replay_compare_digest(ctx);
 	return REPLAY_DONE;
 }
 

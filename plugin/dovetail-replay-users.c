@@ -11,6 +11,7 @@
 #include "mail-namespace.h"
 #include "mail-user.h"
 #include "dovetail-compat.h"
+#include "dovetail-mailbox-digest.h"
 #include "dovetail-name.h"
 #include "dovetail-plugin.h"
 #include "dovetail-replay.h"
@@ -27,6 +28,8 @@
 struct replay_user_mailbox {
 	guid_128_t guid;
 	struct mailbox *box;
+	/* NULL: nobody asked for it yet */
+	struct dovetail_mailbox_digest *digest;
 };
 
 struct replay_user {
@@ -228,13 +231,45 @@ struct mail_user *replay_user_mail_user(struct replay_user *user)
 
 /* ---- mailboxes ---- */
 
+static void replay_user_close_mailbox(struct replay_user_mailbox *um)
+{
+	const char *error;
+
+	if (um->digest != NULL && um->box->opened &&
+	    !mail_index_is_deleted(um->box->index) &&
+	    !dovetail_mailbox_digest_is_clean(um->digest)) T_BEGIN {
+		/* Else it is computed afresh. */
+		if (dovetail_mailbox_digest_save(um->digest, &error) < 0) {
+			e_debug(replay.event, "Mailbox %s: Cannot write the "
+				"digest: %s", um->box->vname, error);
+		}
+	} T_END;
+	dovetail_mailbox_digest_close(&um->digest);
+	mailbox_free(&um->box);
+}
+
 void replay_user_forget_mailboxes(struct replay_user *user)
 {
 	struct replay_user_mailbox *um;
 
 	array_foreach_modifiable(&user->mailboxes, um)
-		mailbox_free(&um->box);
+		replay_user_close_mailbox(um);
 	array_clear(&user->mailboxes);
+}
+
+struct dovetail_mailbox_digest *
+replay_user_mailbox_digest(struct replay_user *user, struct mailbox *box)
+{
+	struct replay_user_mailbox *um;
+
+	array_foreach_modifiable(&user->mailboxes, um) {
+		if (um->box != box)
+			continue;
+		if (um->digest == NULL)
+			um->digest = dovetail_mailbox_digest_open(box);
+		return um->digest;
+	}
+	i_unreached();
 }
 
 static void replay_user_keep_mailbox(struct replay_user *user,
@@ -244,12 +279,13 @@ static void replay_user_keep_mailbox(struct replay_user *user,
 
 	if (array_count(&user->mailboxes) == REPLAY_MAILBOXES_MAX) {
 		um = array_front_modifiable(&user->mailboxes);
-		mailbox_free(&um->box);
+		replay_user_close_mailbox(um);
 		array_pop_front(&user->mailboxes);
 	}
 	um = array_append_space(&user->mailboxes);
 	guid_128_copy(um->guid, guid);
 	um->box = box;
+	um->digest = NULL;
 }
 
 /* Returns 1: the box is open and has this GUID.  0: it is not, or does not

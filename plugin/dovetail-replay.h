@@ -27,6 +27,7 @@ struct mailbox_list;
 struct istream;
 struct mail_storage_service_ctx;
 struct replay_user;
+struct dovetail_mailbox_digest;
 
 struct replay {
 	struct event *event;
@@ -68,6 +69,10 @@ struct mail_user *replay_user_mail_user(struct replay_user *user);
 int replay_user_find_mailbox(struct replay_user *user, const guid_128_t guid,
 			     const char *path, struct mailbox **box_r,
 			     const char **error_r);
+/* The digest of a mailbox that replay_user_find_mailbox() gave. Belongs to the user,
+   as long as the mailbox is open. */
+struct dovetail_mailbox_digest *
+replay_user_mailbox_digest(struct replay_user *user, struct mailbox *box);
 /* Close the mailboxes that are kept open: names are about to change. */
 void replay_user_forget_mailboxes(struct replay_user *user);
 
@@ -113,6 +118,10 @@ enum replay_result
 replay_mailbox(struct replay_user *user, const char *origin,
 	       const struct dovetail_change_mailbox *change, bool wanted,
 	       const char **error_r);
+/* TRUE: the mailbox' digest, here_r, is known and another than there. */
+bool replay_digest_differs(struct dovetail_mailbox_digest *md,
+			   const struct dovetail_digest *there,
+			   struct dovetail_digest *here_r);
 /* Make the replica of a mailbox, or let an empty one of this name become it.
    Returns 1: done.  0: another mailbox stands there.  -1: error_r. */
 int replay_mailbox_create(struct replay_user *user, const guid_128_t guid,
