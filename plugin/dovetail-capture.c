@@ -40,6 +40,8 @@
 /* A snapshot that nobody asked for brings along the first bodies. */
 #define CAPTURE_SNAPSHOT_SIZE DOVETAIL_CHANGE_SPLIT_SIZE
 
+#define CAPTURE_NOT_PRIMARY "This node is not the user's primary"
+
 struct capture {
 	struct mailbox *box;
 	struct dovetail_mailbox *dbox;
@@ -817,7 +819,34 @@ static bool capture_wanted(struct mailbox *box)
 		!MAIL_INDEX_IS_IN_MEMORY(box->index);
 }
 
-static void capture_run(struct mailbox *box, enum dovetail_capture_trigger trigger)
+/* Everything up to the end of c's view was handed to the queue: so does what answer
+   makes of the mailbox as it is there. Returns like capture_log(). */
+static int capture_answer(struct capture *c, dovetail_capture_answer_t *answer,
+			  void *context)
+{
+	struct dovetail_change change;
+	int ret;
+
+	if (c->deferred) {
+		capture_fail(c, "A message is too large to wait for");
+		return -1;
+	}
+	i_zero(&change);
+	change.user = c->change.user;
+	c->view_taken = TRUE;
+	ret = answer(c->box, c->view, &c->change.u.mailbox, &change, context);
+	if (ret <= 0)
+		return 1;
+	capture_init_buffers(c);
+	buffer_set_used_size(c->encoded, 0);
+	dovetail_change_encode(c->encoded, &change);
+	return capture_send_encoded(c) < 0 ? -1 : 1;
+}
+
+/* Returns 0, or -1 and error_r (data stack): what could not be queued is noted. */
+static int capture_run(struct mailbox *box, enum dovetail_capture_trigger trigger,
+		       dovetail_capture_answer_t *answer, void *context,
+		       const char **error_r)
 {
 	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
 	struct dovetail_position pos;
@@ -830,9 +859,10 @@ static void capture_run(struct mailbox *box, enum dovetail_capture_trigger trigg
 
 	(void)mail_index_refresh(box->index);
 	if (capture_init(&c, box) < 0) {
+		*error_r = t_strdup(c.error);
 		capture_finish(&c, -1, NULL);
 		capture_deinit(&c);
-		return;
+		return -1;
 	}
 	end.index_id = box->index->indexid;
 	end.file_seq = c.view->log_file_head_seq;
@@ -858,16 +888,22 @@ static void capture_run(struct mailbox *box, enum dovetail_capture_trigger trigg
 		ret = capture_log(&c, &pos.queued, &end, &sent);
 	if (ret == 0)
 		ret = capture_snapshot(&c, 1, &sent);
+	if (ret > 0 && answer != NULL)
+		ret = capture_answer(&c, answer, context);
+	if (ret < 0)
+		*error_r = t_strdup(c.error);
 	capture_finish(&c, ret, &sent);
 
 	dbox->seen = end;
 	capture_deinit(&c);
 	array_free(&dbox->hints);
+	return ret < 0 ? -1 : 0;
 }
 
 void dovetail_capture(struct mailbox *box, enum dovetail_capture_trigger trigger)
 {
 	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
+	const char *error;
 
 	if (!capture_wanted(box))
 		return;
@@ -875,10 +911,27 @@ void dovetail_capture(struct mailbox *box, enum dovetail_capture_trigger trigger
 	mail_storage_last_error_push(box->storage);
 	dbox->capturing = TRUE;
 	T_BEGIN {
-		capture_run(box, trigger);
+		(void)capture_run(box, trigger, NULL, NULL, &error);
 	} T_END;
 	dbox->capturing = FALSE;
 	mail_storage_last_error_pop(box->storage);
+}
+
+int dovetail_capture_and_answer(struct mailbox *box,
+				dovetail_capture_answer_t *answer,
+				void *context, const char **error_r)
+{
+	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
+	int ret;
+
+	if (!capture_wanted(box)) {
+		*error_r = CAPTURE_NOT_PRIMARY;
+		return -1;
+	}
+	dbox->capturing = TRUE;
+	ret = capture_run(box, DOVETAIL_CAPTURE_SYNC, answer, context, error_r);
+	dbox->capturing = FALSE;
+	return ret;
 }
 
 void dovetail_capture_close(struct mailbox *box)
@@ -965,7 +1018,7 @@ int dovetail_plugin_capture_snapshot(struct mailbox *box, uint32_t uid_next,
 	int ret;
 
 	if (!capture_wanted(box)) {
-		*error_r = "This node is not the user's primary";
+		*error_r = CAPTURE_NOT_PRIMARY;
 		return -1;
 	}
 	dbox->capturing = TRUE;
@@ -974,6 +1027,68 @@ int dovetail_plugin_capture_snapshot(struct mailbox *box, uint32_t uid_next,
 		ret = -1;
 	else
 		ret = capture_snapshot(&c, uid_next, &sent);
+	if (ret < 0)
+		*error_r = t_strdup(c.error);
+	capture_finish(&c, ret, &sent);
+	capture_deinit(&c);
+	dbox->capturing = FALSE;
+	return ret < 0 ? -1 : 0;
+}
+
+/* Send the messages themselves, as they are at the end of the view. */
+static int capture_messages(struct capture *c,
+			    const ARRAY_TYPE(seq_range) *uids)
+{
+	struct dovetail_change_mailbox *mailbox = &c->change.u.mailbox;
+	const struct seq_range *range;
+	uint32_t uid, seq, seq1, seq2;
+	int ret = 1;
+
+	capture_init_buffers(c);
+	buffer_set_used_size(c->ops, 0);
+	mailbox->flags = DOVETAIL_MAILBOX_MESSAGES;
+	mailbox->uid_next = mail_index_get_header(c->view)->next_uid;
+	array_foreach(uids, range) {
+		if (!mail_index_lookup_seq_range(c->view, range->seq1,
+						 range->seq2, &seq1, &seq2))
+			continue;
+		for (seq = seq1; seq <= seq2 && ret > 0; seq++) {
+			if (c->ops->used > CAPTURE_SNAPSHOT_SIZE) {
+				mailbox->flags |= DOVETAIL_MAILBOX_MORE;
+				break;
+			}
+			mail_index_lookup_uid(c->view, seq, &uid);
+			ret = capture_message(c, uid);
+		}
+		if (ret <= 0 || (mailbox->flags & DOVETAIL_MAILBOX_MORE) != 0)
+			break;
+	}
+	if (ret < 0)
+		return -1;
+	return capture_flush(c) < 0 ? -1 : 1;
+}
+
+int dovetail_plugin_capture_messages(struct mailbox *box,
+				     const ARRAY_TYPE(seq_range) *uids,
+				     const char **error_r)
+{
+	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
+	struct dovetail_log_pos sent;
+	struct capture c;
+	int ret;
+
+	/* what the messages are is said behind all that made them so */
+	dovetail_capture(box, DOVETAIL_CAPTURE_SYNC);
+	if (!capture_wanted(box)) {
+		*error_r = CAPTURE_NOT_PRIMARY;
+		return -1;
+	}
+	dbox->capturing = TRUE;
+	sent = dbox->sent;
+	if (capture_init(&c, box) < 0)
+		ret = -1;
+	else
+		ret = capture_messages(&c, uids);
 	if (ret < 0)
 		*error_r = t_strdup(c.error);
 	capture_finish(&c, ret, &sent);

@@ -303,6 +303,29 @@ bool dovetail_mailbox_digest_element(struct dovetail_mailbox_digest *md,
 	return TRUE;
 }
 
+bool dovetail_mailbox_digest_range(struct dovetail_mailbox_digest *md,
+				   struct mail_index_view *view,
+				   const uint8_t key[DOVETAIL_DIGEST_KEY_SIZE],
+				   struct dovetail_range *range)
+{
+	struct dovetail_sum element;
+	uint32_t seq, seq1, seq2;
+
+	i_zero(&range->sum);
+	range->count = 0;
+	if (!mail_index_lookup_seq_range(view, range->uid1, range->uid2,
+					 &seq1, &seq2))
+		return TRUE;
+	for (seq = seq1; seq <= seq2; seq++) {
+		if (!dovetail_mailbox_digest_element(md, view, seq, key,
+						     &element))
+			return FALSE;
+		dovetail_sum_add(&range->sum, &element);
+		range->count++;
+	}
+	return TRUE;
+}
+
 /* ---- the mailbox ---- */
 
 static void view_get_pos(struct mail_index_view *view,
@@ -569,7 +592,8 @@ static void digest_start(struct dovetail_mailbox_digest *md,
 static void digest_end_at(struct dovetail_mailbox_digest *md,
 			  struct mail_index_view *view)
 {
-	mail_index_view_close(&md->view);
+	if (md->view != view)
+		mail_index_view_close(&md->view);
 	md->view = view;
 	view_get_pos(view, &md->pos);
 }
@@ -601,17 +625,18 @@ bool dovetail_mailbox_digest_now(struct dovetail_mailbox_digest *md,
 }
 
 bool dovetail_mailbox_digest_recompute(struct dovetail_mailbox_digest *md,
+				       struct mail_index_view *view,
 				       const uint8_t *key,
 				       struct dovetail_digest *digest_r)
 {
-	struct mail_index_view *view;
-
 	if (key != NULL) {
 		memcpy(md->digest.key, key, sizeof(md->digest.key));
 		md->have_key = TRUE;
 	}
-	(void)mail_index_refresh(md->index);
-	view = mail_index_view_open(md->index);
+	if (view == NULL) {
+		(void)mail_index_refresh(md->index);
+		view = mail_index_view_open(md->index);
+	}
 	digest_start(md, view);
 	digest_end_at(md, view);
 	*digest_r = md->digest;
@@ -757,4 +782,51 @@ unsigned int dovetail_mailbox_digest_fill(struct dovetail_mailbox_digest *md,
 	}
 	mail_index_view_close(&view);
 	return lacking;
+}
+
+int dovetail_mailbox_digest_scrub(struct dovetail_mailbox_digest *md,
+				  uint32_t *uid, unsigned int max, bool correct,
+				  ARRAY_TYPE(seq_range) *changed)
+{
+	struct mailbox_transaction_context *t;
+	struct mail_index_view *view;
+	struct mail *mail;
+	struct digest_ext_record rec;
+	uint8_t hash[DOVETAIL_MESSAGE_HASH_SIZE];
+	uint32_t seq, seq1, seq2;
+	int ret = 0;
+
+	view = mail_index_view_open(md->index);
+	if (*uid == 0 ||
+	    !mail_index_lookup_seq_range(view, *uid, (uint32_t)-1, &seq1,
+					 &seq2)) {
+		*uid = 0;
+		mail_index_view_close(&view);
+		return 0;
+	}
+	t = mailbox_transaction_begin(md->box, 0, __func__);
+	mail = mail_alloc(t, 0, NULL);
+	for (seq = seq1; seq <= seq2 && max > 0; seq++, max--) T_BEGIN {
+		mail_index_lookup_uid(view, seq, uid);
+		digest_lookup(md, view, seq, *uid, &rec);
+		if (!mail_set_uid(mail, *uid))
+			;
+		else if (dovetail_message_hash(mail, hash) < 0) {
+			/* gone meanwhile, or not readable any more */
+			if (!mail->expunged) {
+				seq_range_array_add(changed, *uid);
+				ret = -1;
+			}
+		} else if (memcmp(hash, rec.hash, sizeof(hash)) != 0) {
+			if (hash_is_known(rec.hash))
+				seq_range_array_add(changed, *uid);
+			if (correct || !hash_is_known(rec.hash))
+				dovetail_mailbox_digest_set(md, *uid, hash);
+		}
+	} T_END;
+	*uid = seq > seq2 ? 0 : *uid + 1;
+	mail_free(&mail);
+	mailbox_transaction_rollback(&t);
+	mail_index_view_close(&view);
+	return ret;
 }

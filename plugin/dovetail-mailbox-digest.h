@@ -49,9 +49,10 @@ bool dovetail_mailbox_digest_follow(struct dovetail_mailbox_digest *md,
 /* The same, from the index as it is now. */
 bool dovetail_mailbox_digest_now(struct dovetail_mailbox_digest *md,
 				 struct dovetail_digest *digest_r);
-/* The same, computed afresh instead of followed. key: the one to use from now on, or
-   NULL to keep it. */
+/* The same, computed afresh instead of followed. view: NULL for the index as it is
+   now. key: the one to use from now on, or NULL to keep it. */
 bool dovetail_mailbox_digest_recompute(struct dovetail_mailbox_digest *md,
+				       struct mail_index_view *view,
 				       const uint8_t *key,
 				       struct dovetail_digest *digest_r);
 /* Write soon: other processes lack something that costs them a lot, as long as it is
@@ -78,11 +79,25 @@ bool dovetail_mailbox_digest_element(struct dovetail_mailbox_digest *md,
 				     struct mail_index_view *view, uint32_t seq,
 				     const uint8_t key[DOVETAIL_DIGEST_KEY_SIZE],
 				     struct dovetail_sum *element_r);
+/* The digest of the messages with range's uid1..uid2, with this key. FALSE: the hash
+   of one is not known. */
+bool dovetail_mailbox_digest_range(struct dovetail_mailbox_digest *md,
+				   struct mail_index_view *view,
+				   const uint8_t key[DOVETAIL_DIGEST_KEY_SIZE],
+				   struct dovetail_range *range);
 
 /* Read messages that lack a hash, at most max of them. Returns how many still lack
    one; those that cannot be read are left out. */
 unsigned int dovetail_mailbox_digest_fill(struct dovetail_mailbox_digest *md,
 					  unsigned int max);
+
+/* Read up to max messages from *uid on, and add to changed those that are not (any
+   more) what their hash says, or cannot be read. correct: their hash becomes what
+   they are. *uid is where to go on, 0 at the end. Returns 0, or -1: some could not
+   be read. */
+int dovetail_mailbox_digest_scrub(struct dovetail_mailbox_digest *md,
+				  uint32_t *uid, unsigned int max, bool correct,
+				  ARRAY_TYPE(seq_range) *changed);
 
 /* GUID as a storage with 128-bit GUIDs has it. */
 void dovetail_message_guid(const char *guid, guid_128_t guid_r);

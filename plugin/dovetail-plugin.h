@@ -99,6 +99,20 @@ enum dovetail_capture_trigger {
    change is queued, or the queued position stays behind and the next capture of
    this mailbox, by whatever process, finds it. */
 void dovetail_capture(struct mailbox *box, enum dovetail_capture_trigger trigger);
+/* Fill in the change to be queued behind everything up to the end of view, which is
+   the mailbox' now; mailbox has its name and so on. The view is the mailbox's
+   digest's afterwards (dovetail_mailbox_digest_follow()).
+   Returns 1, or 0: there is nothing to say. */
+typedef int dovetail_capture_answer_t(struct mailbox *box,
+				      struct mail_index_view *view,
+				      const struct dovetail_change_mailbox *mailbox,
+				      struct dovetail_change *change,
+				      void *context);
+/* Capture, and queue what answer says at the very same place of the log. Returns 0,
+   or -1 and error_r (data stack). */
+int dovetail_capture_and_answer(struct mailbox *box,
+				dovetail_capture_answer_t *answer,
+				void *context, const char **error_r);
 /* The box is about to close: settle what is outstanding. */
 void dovetail_capture_close(struct mailbox *box);
 /* mail was copied to the box of ctx's transaction. */
@@ -123,6 +137,20 @@ enum dovetail_ack_level dovetail_capture_level(struct dovetail_user *duser);
    on. Returns 0, or -1 and error_r (data stack). */
 int dovetail_plugin_capture_snapshot(struct mailbox *box, uint32_t uid_next,
 				     const char **error_r);
+/* The same: queue these messages, as they are now. */
+int dovetail_plugin_capture_messages(struct mailbox *box,
+				     const ARRAY_TYPE(seq_range) *uids,
+				     const char **error_r);
+/* The same: queue the mailbox's digest, computed from its index, for replicas to
+   compare. Returns 1: queued; messages_r.  0: messages had to be read first, which
+   was begun: call again.  -1: failed, error_r (data stack). */
+int dovetail_plugin_verify(struct mailbox *box, uint32_t number,
+			   enum dovetail_verify_flags flags,
+			   uint32_t *messages_r, const char **error_r);
+/* The same: answer a replica that compares. Returns as dovetail_plugin_verify(). */
+int dovetail_plugin_compare(struct mailbox *box,
+			    const struct dovetail_change_compare *compare,
+			    const char **error_r);
 /* The same: queue the user's tree. */
 int dovetail_plugin_capture_tree(struct mail_user *user, const char **error_r);
 /* The same: queue the tree and whatever the user's mailboxes have unqueued;

@@ -5,7 +5,10 @@
 
 #include "lib.h"
 #include "array.h"
+#include "buffer.h"
 #include "guid.h"
+#include "ioloop.h"
+#include "llist.h"
 #include "module-dir.h"
 #include "mail-storage-private.h"
 #include "mail-storage-service.h"
@@ -23,6 +26,11 @@ static struct {
 			const char **error_r);
 	int (*sweep)(struct mail_user *user, bool snapshots,
 		     const char **error_r);
+	int (*messages)(struct mailbox *box, const ARRAY_TYPE(seq_range) *uids,
+			const char **error_r);
+	int (*compare)(struct mailbox *box,
+		       const struct dovetail_change_compare *compare,
+		       const char **error_r);
 	int (*tree)(struct mail_user *user, const char **error_r);
 	bool (*get_role)(struct mail_user *user, const char **primary_r,
 			 bool *is_primary_r);
@@ -43,11 +51,15 @@ static int apply_find_plugin(const char **error_r)
 	plugin.snapshot = module_get_symbol(module,
 		"dovetail_plugin_capture_snapshot");
 	plugin.sweep = module_get_symbol(module, "dovetail_plugin_sweep");
+	plugin.messages = module_get_symbol(module,
+		"dovetail_plugin_capture_messages");
+	plugin.compare = module_get_symbol(module, "dovetail_plugin_compare");
 	plugin.tree = module_get_symbol(module,
 		"dovetail_plugin_capture_tree");
 	plugin.get_role = module_get_symbol(module,
 		"dovetail_plugin_get_role");
 	if (plugin.snapshot == NULL || plugin.sweep == NULL ||
+	    plugin.messages == NULL || plugin.compare == NULL ||
 	    plugin.tree == NULL || plugin.get_role == NULL) {
 		plugin.get_role = NULL;
 		*error_r = "The dovetail plugin and dovetail-replay are of "
@@ -94,11 +106,96 @@ static int apply_request(struct replay_user *user,
 	if (mailbox_sync(box, 0) < 0) {
 		*error_r = t_strdup(mailbox_get_last_internal_error(box, NULL));
 		ret = -1;
+	} else if (array_count(&request->uids) > 0) {
+		ret = plugin.messages(box, &request->uids, error_r);
 	} else {
 		ret = plugin.snapshot(box, I_MAX(request->uid_next, 1),
 				      error_r);
 	}
 	replay_user_forget_mailboxes(user);
+	return ret;
+}
+
+/* Hashes that are lacking are read first, some at a time. */
+struct apply_later {
+	struct apply_later *prev, *next;
+	struct timeout *to;
+	char *origin;
+	buffer_t *data;
+};
+#define APPLY_LATER_MAX 64
+static struct apply_later *laters;
+static unsigned int laters_count;
+
+static void apply_later_free(struct apply_later *later)
+{
+	DLLIST_REMOVE(&laters, later);
+	laters_count--;
+	timeout_remove(&later->to);
+	i_free(later->origin);
+	buffer_free(&later->data);
+	i_free(later);
+}
+
+static void apply_later_now(struct apply_later *later)
+{
+	const char *error;
+
+	timeout_remove(&later->to);
+	T_BEGIN {
+		if (replay_apply(later->origin, later->data->data,
+				 later->data->used, &error) == REPLAY_FAILED)
+			e_warning(replay.event, "%s", error);
+	} T_END;
+	apply_later_free(later);
+}
+
+/* Ask ourselves again. When there is too much of that, the peer will. */
+static void
+apply_later(const char *origin, const struct dovetail_change *change)
+{
+	struct apply_later *later;
+
+	if (laters_count >= APPLY_LATER_MAX)
+		return;
+	later = i_new(struct apply_later, 1);
+	later->origin = i_strdup(origin);
+	later->data = buffer_create_dynamic(default_pool, 256);
+	dovetail_change_encode(later->data, change);
+	later->to = replay_timeout_add(0, apply_later_now, later);
+	DLLIST_PREPEND(&laters, later);
+	laters_count++;
+}
+
+void replay_apply_deinit(void)
+{
+	while (laters != NULL)
+		apply_later_free(laters);
+}
+
+static int apply_compare(struct replay_user *user, const char *origin,
+			 const struct dovetail_change *change,
+			 const char **error_r)
+{
+	const struct dovetail_change_compare *compare = &change->u.compare;
+	struct mailbox *box;
+	int ret;
+
+	ret = replay_user_find_mailbox(user, compare->guid, compare->name, &box,
+				       error_r);
+	if (ret < 0)
+		return -1;
+	if (ret == 0) {
+		/* gone: the asker learns that from the tree */
+		return plugin.tree(replay_user_mail_user(user), error_r);
+	}
+	if (mailbox_sync(box, 0) < 0) {
+		*error_r = t_strdup(mailbox_get_last_internal_error(box, NULL));
+		return -1;
+	}
+	ret = plugin.compare(box, compare, error_r);
+	if (ret == 0)
+		apply_later(origin, change);
 	return ret;
 }
 
@@ -119,6 +216,12 @@ apply_to_replica(struct replay_user *user, const char *origin,
 					   change->u.mailbox.guid);
 		return replay_mailbox(user, origin, &change->u.mailbox, wanted,
 				      error_r);
+	case DOVETAIL_CHANGE_VERIFY:
+		replay_verify(user, origin, &change->u.verify);
+		return REPLAY_DONE;
+	case DOVETAIL_CHANGE_COMPARED:
+		replay_compared(user, origin, &change->u.compared);
+		return REPLAY_DONE;
 	case DOVETAIL_CHANGE_LIST:
 		result = replay_list(user, &change->u.list, error_r);
 		break;
@@ -138,21 +241,31 @@ apply_to_replica(struct replay_user *user, const char *origin,
 	return result;
 }
 
+static bool change_is_question(const struct dovetail_change *change)
+{
+	return change->kind == DOVETAIL_CHANGE_REQUEST ||
+		change->kind == DOVETAIL_CHANGE_COMPARE;
+}
+
 static enum replay_result
 apply_opened(struct replay_user *user, const char *origin,
 	     const struct dovetail_change *change, const char **error_r)
 {
 	const char *primary;
 	bool is_primary;
+	int ret;
 
 	if (apply_get_role(user, &primary, &is_primary, error_r) < 0)
 		return REPLAY_FAILED;
-	if (change->kind == DOVETAIL_CHANGE_REQUEST) {
+	if (change_is_question(change)) {
 		/* With several peers, the question is for the primary. */
 		if (!is_primary)
-			return REPLAY_DONE;
-		return apply_request(user, &change->u.request, error_r) < 0 ?
-			REPLAY_FAILED : REPLAY_DONE;
+			ret = 0;
+		else if (change->kind == DOVETAIL_CHANGE_REQUEST)
+			ret = apply_request(user, &change->u.request, error_r);
+		else
+			ret = apply_compare(user, origin, change, error_r);
+		return ret < 0 ? REPLAY_FAILED : REPLAY_DONE;
 	}
 	if (strcmp(primary, origin) != 0) {
 		*error_r = t_strdup_printf("Node %s is not the primary of user "
@@ -186,6 +299,8 @@ replay_apply(const char *origin, const void *data, size_t size,
 					       change.u.shard.number);
 		}
 		return REPLAY_DONE;
+	case DOVETAIL_CHANGE_VERIFIED:
+		return REPLAY_DONE;
 	case DOVETAIL_CHANGE_SHARD_SWEPT:
 		if (strcmp(change.u.shard.node, replay.set.node) == 0) {
 			replay_wanted_shard_arrived(origin,
@@ -198,7 +313,7 @@ replay_apply(const char *origin, const void *data, size_t size,
 	}
 
 	if (replay_user_open(change.user, &user, error_r) < 0) {
-		if (change.kind != DOVETAIL_CHANGE_REQUEST) {
+		if (!change_is_question(&change)) {
 			guid_128_empty(all);
 			replay_wanted_add(change.user, origin, all, "", 0,
 					  *error_r);

@@ -37,6 +37,7 @@
 struct replay_mailbox_ctx {
 	struct replay_user *user;
 	const struct dovetail_change_mailbox *change;
+	const char *origin;
 	uint8_t origin_id[DOVETAIL_ORIGIN_ID_SIZE];
 	struct mailbox *box;
 	struct dovetail_mailbox_digest *digest;
@@ -589,8 +590,7 @@ static void replay_keyword(struct replay_mailbox_ctx *ctx, struct mail *mail,
 	mailbox_keywords_unref(&keyword.keywords);
 }
 
-/* Give the message exactly these flags and keywords. */
-static void replay_set_state(struct replay_mailbox_ctx *ctx, struct mail *mail,
+static void replay_set_state(struct mailbox *box, struct mail *mail,
 			     enum mail_flags flags, const char *const *names)
 {
 	struct mail_keywords *keywords;
@@ -606,10 +606,19 @@ static void replay_set_state(struct replay_mailbox_ctx *ctx, struct mail *mail,
 	for (i = 0; equal && names[i] != NULL; i++)
 		equal = str_array_find(have, names[i]);
 	if (!equal) {
-		keywords = mailbox_keywords_create_valid(ctx->box, names);
+		keywords = mailbox_keywords_create_valid(box, names);
 		mail_update_keywords(mail, MODIFY_REPLACE, keywords);
 		mailbox_keywords_unref(&keywords);
 	}
+}
+
+void replay_mail_set_state(struct mailbox *box, struct mail *mail,
+			   uint8_t flags, const char *const *keywords,
+			   uint64_t modseq)
+{
+	replay_set_state(box, mail, flags, keywords);
+	if (mail_get_modseq(mail) < modseq)
+		mail_update_modseq(mail, modseq);
 }
 
 /* What MODSEQ the primary shows for a message is not in its state, but it is not
@@ -654,7 +663,7 @@ static int replay_appended_again(struct replay_mailbox_ctx *ctx,
 		    mail_set_uid(mail, op->append.uid)) {
 			if (!replay_is_same(ctx, mail, &op->append))
 				ret = -1;
-			replay_set_state(ctx, mail, op->append.flags,
+			replay_set_state(ctx->box, mail, op->append.flags,
 					 op->append.keywords);
 			if (ctx->change->flags != 0)
 				replay_raise_mail_modseq(ctx, mail);
@@ -712,7 +721,8 @@ static void replay_snapshot_message(struct replay_snapshot *snapshot,
 			array_push_back(&keywords, &op->keyword);
 	}
 	array_append_zero(&keywords);
-	replay_set_state(snapshot->ctx, mail, flags, array_front(&keywords));
+	replay_set_state(snapshot->ctx->box, mail, flags,
+			 array_front(&keywords));
 	replay_raise_mail_modseq(snapshot->ctx, mail);
 }
 
@@ -952,36 +962,43 @@ static bool replay_snapshot_lacks(struct replay_mailbox_ctx *ctx,
 	return last->seq2 >= ctx->uid_next;
 }
 
-bool replay_digest_differs(struct dovetail_mailbox_digest *md,
-			   const struct dovetail_digest *there,
-			   struct dovetail_digest *here_r)
+int replay_digest_compare(struct dovetail_mailbox_digest *md, bool afresh,
+			  const struct dovetail_digest *there,
+			  struct dovetail_digest *here_r)
 {
-	bool same_key;
-
-	if (!dovetail_mailbox_digest_now(md, here_r))
-		return FALSE;
-	same_key = memcmp(here_r->key, there->key, sizeof(there->key)) == 0;
-	if (same_key && dovetail_digest_equals(here_r, there))
-		return FALSE;
+	if (!afresh) {
+		if (!dovetail_mailbox_digest_now(md, here_r))
+			return -1;
+		if (dovetail_digest_equals(here_r, there))
+			return 1;
+	}
 	/* before we say so: not what was followed, but what there is */
-	return dovetail_mailbox_digest_recompute(md, there->key, here_r) &&
-		!dovetail_digest_equals(here_r, there);
+	if (!dovetail_mailbox_digest_recompute(md, NULL, there->key, here_r))
+		return -1;
+	return dovetail_digest_equals(here_r, there) ? 1 : 0;
 }
 
 /* Is the mailbox now what it is at the primary? */
 static void replay_compare_digest(struct replay_mailbox_ctx *ctx)
 {
 	const struct dovetail_change_mailbox *change = ctx->change;
+	const char *username = replay_user_mail_user(ctx->user)->username;
 	struct dovetail_digest here;
+	int ret;
 
 	if ((change->flags & DOVETAIL_MAILBOX_DIGEST) == 0)
 		return;
-	if (!replay_digest_differs(ctx->digest, &change->digest, &here))
+	ret = replay_digest_compare(ctx->digest, FALSE, &change->digest, &here);
+	if (ret > 0)
 		return;
-	e_error(replay.event, "User %s mailbox %s: Differs from the "
-		  "primary's (%u messages here, %u there)",
-		  replay_user_mail_user(ctx->user)->username, ctx->box->vname,
-		  here.count, change->digest.count);
+	if (ret == 0) {
+		e_warning(replay.event, "User %s mailbox %s: Differs from %s's "
+			  "(%u messages here, %u there)", username,
+			  ctx->box->vname, ctx->origin, here.count,
+			  change->digest.count);
+	}
+	replay_compare_start(username, ctx->origin, change->guid, change->name,
+			     DOVETAIL_VERIFY_REPAIR, 0);
 }
 
 static enum replay_result
@@ -1045,6 +1062,48 @@ replay_mailbox_apply(struct replay_mailbox_ctx *ctx, bool wanted)
 	return REPLAY_DONE;
 }
 
+int replay_mailbox_add_messages(struct replay_user *user, const char *origin,
+				struct mailbox *box,
+				const struct dovetail_change_mailbox *change,
+				bool *rebuild_r, const char **error_r)
+{
+	struct dovetail_change_mailbox part = *change;
+	struct replay_mailbox_ctx ctx;
+	const struct dovetail_op *op;
+
+	i_zero(&ctx);
+	ctx.user = user;
+	ctx.change = change;
+	ctx.origin = origin;
+	dovetail_origin_id(origin, ctx.origin_id);
+	ctx.box = box;
+	ctx.digest = replay_user_mailbox_digest(user, box);
+	t_array_init(&ctx.appended, 16);
+	t_array_init(&ctx.saved, 16);
+	if (replay_mailbox_open(&ctx) < 0) {
+		*error_r = ctx.error;
+		return -1;
+	}
+	/* those that cannot be saved here any more */
+	t_array_init(&part.ops, 16);
+	array_foreach(&change->ops, op) {
+		if (op->append.uid < ctx.uid_next)
+			array_push_back(&part.ops, op);
+	}
+	if (array_count(&part.ops) > 0) {
+		if (replay_rebuild_add(user, origin, box, &part, error_r) < 0)
+			return -1;
+		*rebuild_r = TRUE;
+	}
+	if (array_count(&part.ops) < array_count(&change->ops) &&
+	    (replay_check_bodies(&ctx) != REPLAY_DONE ||
+	     replay_save_all(&ctx, FALSE) < 0)) {
+		*error_r = ctx.error;
+		return -1;
+	}
+	return 0;
+}
+
 enum replay_result
 replay_mailbox(struct replay_user *user, const char *origin,
 	       const struct dovetail_change_mailbox *change, bool wanted,
@@ -1059,10 +1118,13 @@ replay_mailbox(struct replay_user *user, const char *origin,
 	i_zero(&ctx);
 	ctx.user = user;
 	ctx.change = change;
+	ctx.origin = origin;
 	dovetail_origin_id(origin, ctx.origin_id);
 	t_array_init(&ctx.appended, 16);
 	t_array_init(&ctx.saved, 16);
 
+	if ((change->flags & DOVETAIL_MAILBOX_MESSAGES) != 0)
+		return replay_compare_messages(user, origin, change, error_r);
 	result = replay_mailbox_apply(&ctx, wanted);
 	*error_r = ctx.error;
 	/* only a snapshot is the answer; what happened meanwhile comes as well */
@@ -1086,7 +1148,7 @@ replay_mailbox(struct replay_user *user, const char *origin,
 		if (answer) {
 			replay_wanted_came_so_far(username, change->guid,
 						  status.uidnext);
-		} else {
+		} else if (!replay_compare_takes_gap(username, change->guid)) {
 			replay_wanted_add(username, origin, change->guid,
 					  change->name, status.uidnext,
 					  ctx.error);

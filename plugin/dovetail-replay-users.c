@@ -76,6 +76,22 @@ static void replay_restore_uid(void)
 		i_fatal("seteuid(0) failed: %m");
 }
 
+#undef replay_timeout_add
+struct timeout *replay_timeout_add(unsigned int msecs,
+				   timeout_callback_t *callback, void *context)
+{
+	struct ioloop_context *user =
+		io_loop_get_current_context(current_ioloop);
+	struct timeout *to;
+
+	if (user != NULL)
+		io_loop_context_deactivate(user);
+	to = timeout_add_short(msecs, *callback, context);
+	if (user != NULL)
+		io_loop_context_activate(user);
+	return to;
+}
+
 static struct replay_user *replay_user_find(const char *username)
 {
 	struct replay_user *user;

@@ -162,6 +162,8 @@ int main(int argc, char *argv[])
 		replay_control_deinit();
 		replay_streams_deinit();
 		replay_shards_deinit();
+		replay_compare_deinit();
+		replay_apply_deinit();
 		replay_wanted_deinit();
 		i_close_fd(&replay.lock_fd);
 	}

@@ -11,12 +11,14 @@
      dovetail-replay-apply.c    one change: whose, allowed, what is lacking
      dovetail-replay-mailbox.c  ... of one mailbox
      dovetail-replay-list.c     ... of the list of mailboxes
+     dovetail-replay-compare.c  a mailbox that differs: where, and repair
      dovetail-replay-users.c    open users and mailboxes
      dovetail-replay-spool.c    bodies that came ahead of their change
      dovetail-replay-wanted.c   what is lacking here and was asked for
      dovetail-replay-shard.c    answer a peer that lacks entries of our log
      dovetail-replay-control.c  the connection to dovetail-queue */
 
+#include "ioloop.h"
 #include "dovetail-change.h"
 #include "dovetail-settings.h"
 #include "dovetail-keyring.h"
@@ -26,6 +28,7 @@ struct mailbox;
 struct mailbox_list;
 struct istream;
 struct mail_storage_service_ctx;
+struct mail;
 struct replay_user;
 struct dovetail_mailbox_digest;
 
@@ -62,6 +65,15 @@ void replay_user_release(struct replay_user **user);
 /* Close the user for good, releasing first: its state is in doubt. */
 void replay_user_close(struct replay_user **user);
 
+/* A timeout for work that opens users itself: it is not run as the user that is open
+   when it is added. */
+struct timeout *replay_timeout_add(unsigned int msecs,
+				   timeout_callback_t *callback, void *context);
+#define replay_timeout_add(msecs, callback, context) \
+	replay_timeout_add((msecs) - \
+		CALLBACK_TYPECHECK(callback, void (*)(typeof(context))), \
+		(io_callback_t *)callback, context)
+
 struct mail_user *replay_user_mail_user(struct replay_user *user);
 /* Find the replica of a mailbox: under the hinted path, under any name
    otherwise. The box is open and belongs to the user.
@@ -97,6 +109,7 @@ enum replay_result {
 enum replay_result
 replay_apply(const char *origin, const void *data, size_t size,
 	     const char **error_r);
+void replay_apply_deinit(void);
 /* Queue the user's tree and what its mailboxes have unqueued. TRUE: all is
    queued. */
 bool replay_sweep(const char *username);
@@ -118,10 +131,22 @@ enum replay_result
 replay_mailbox(struct replay_user *user, const char *origin,
 	       const struct dovetail_change_mailbox *change, bool wanted,
 	       const char **error_r);
-/* TRUE: the mailbox' digest, here_r, is known and another than there. */
-bool replay_digest_differs(struct dovetail_mailbox_digest *md,
-			   const struct dovetail_digest *there,
-			   struct dovetail_digest *here_r);
+/* Is the mailbox' digest, here_r, the one that is there? afresh: computed from the
+   index, whatever was known. Returns 1: yes.  0: no.  -1: it is not known. */
+int replay_digest_compare(struct dovetail_mailbox_digest *md, bool afresh,
+			  const struct dovetail_digest *there,
+			  struct dovetail_digest *here_r);
+/* Give the message exactly these flags and keywords, and at least this MODSEQ. */
+void replay_mail_set_state(struct mailbox *box, struct mail *mail,
+			   uint8_t flags, const char *const *keywords,
+			   uint64_t modseq);
+/* Save the messages of a MESSAGES change. rebuild_r becomes TRUE when some of them
+   have to wait for replay_rebuild_step(). Returns 0, or -1 and error_r (data
+   stack). */
+int replay_mailbox_add_messages(struct replay_user *user, const char *origin,
+				struct mailbox *box,
+				const struct dovetail_change_mailbox *change,
+				bool *rebuild_r, const char **error_r);
 /* Make the replica of a mailbox, or let an empty one of this name become it.
    Returns 1: done.  0: another mailbox stands there.  -1: error_r. */
 int replay_mailbox_create(struct replay_user *user, const guid_128_t guid,
@@ -134,6 +159,39 @@ replay_list(struct replay_user *user, const struct dovetail_change_list *change,
 enum replay_result
 replay_tree(struct replay_user *user, const char *origin,
 	    const struct dovetail_change_tree *change, const char **error_r);
+
+/* ---- dovetail-replay-compare.c ---- */
+
+/* A VERIFY of the primary's: answer it, now or when it was found out. */
+void replay_verify(struct replay_user *user, const char *origin,
+		   const struct dovetail_change_verify *verify);
+/* The mailbox may differ from the origin's: find out where, and, with REPAIR, make it
+   equal. number: of the VERIFY that is to be answered then, or 0. A mailbox that was
+   compared just now is left alone for a while, unless somebody waits. */
+void replay_compare_start(const char *user, const char *origin,
+			  const guid_128_t guid, const char *path,
+			  enum dovetail_verify_flags flags, uint32_t number);
+/* An answer to COMPARE, and one to the REQUEST of single messages. */
+void replay_compared(struct replay_user *user, const char *origin,
+		     const struct dovetail_change_compared *compared);
+enum replay_result
+replay_compare_messages(struct replay_user *user, const char *origin,
+			const struct dovetail_change_mailbox *change,
+			const char **error_r);
+/* A change of the mailbox does not fit. TRUE: it is being compared, and cares for
+   that. */
+bool replay_compare_takes_gap(const char *user, const guid_128_t guid);
+/* How many mailboxes of the origin's users are being compared or repaired. */
+unsigned int replay_compare_count(const char *origin);
+int replay_send_verified(const char *user,
+			 const struct dovetail_change_verified *verified,
+			 const char **error_r);
+void replay_compare_deinit(void);
+
+/* ---- to be done ---- */
+int replay_rebuild_add(struct replay_user *user, const char *origin, struct mailbox *box, const struct dovetail_change_mailbox *change, const char **error_r);
+int replay_rebuild_step(struct replay_user *user, struct mailbox *box, const ARRAY_TYPE(seq_range) *drop, unsigned int max, const char **error_r);
+int replay_put_aside(struct replay_user *user, struct mailbox *box, const ARRAY_TYPE(seq_range) *uids, const char **error_r);
 
 /* ---- dovetail-replay-spool.c ---- */
 
