@@ -15,7 +15,7 @@
      body hash  BLAKE2b-256 of the body with LF line ends (a storage may keep CRLF)
      message    BLAKE2b-128 of: GUID (16 bytes), received date (i64 le), size of
                 the body with LF line ends (u64 le), body hash (32)
-     keywords   sum modulo 2^128 of BLAKE2b-128 of each name in lower case
+     keywords   sum modulo 2^128 of BLAKE2b-128 of each name, A-Z in lower case
      element    BLAKE2b-128, with key, of: UID (u32 le), flags (u8),
                 keywords (16, le), message (16)
      digest     sum modulo 2^128 of the elements as little-endian numbers */
@@ -42,6 +42,7 @@ struct dovetail_digest {
 
 /* ---- a message's hash ---- */
 
+/* Stands on the stack: a pool does not align it as libsodium wants it. */
 struct dovetail_body_hash {
 	crypto_generichash_state state;
 	uint64_t size;
