@@ -262,6 +262,8 @@ enum dovetail_verified_result {
 
 /* More differences than these are counted, not named. */
 #define DOVETAIL_VERIFIED_TEXTS_MAX 100
+/* bytes; what is longer is cut off */
+#define DOVETAIL_VERIFIED_TEXT_MAX_SIZE 1000
 struct dovetail_change_verified {
 	/* who had asked; it is for nobody else */
 	const char *node;
@@ -271,11 +273,13 @@ struct dovetail_change_verified {
 	enum dovetail_verified_result result;
 	/* messages of the replica */
 	uint32_t messages;
-	/* differences, for people */
+	/* Differences, for people: a line each, not "". Control characters
+	   travel as '?', but a text may be no UTF-8. */
 	ARRAY_TYPE(const_string) texts;
 };
 
-/* Messages with uid1..uid2, their sum with the key of a COMPARE. */
+/* Messages with uid1..uid2, their sum with the key of a COMPARE. count: not more
+   than there are UIDs. */
 struct dovetail_range {
 	uint32_t uid1, uid2, count;
 	struct dovetail_sum sum;
@@ -297,7 +301,9 @@ struct dovetail_change_compare {
 
 struct dovetail_compared_message {
 	uint32_t uid;
+	/* enum mail_flags, only the bits that are IMAP system flags */
 	uint8_t flags;
+	/* NULL-terminated, never NULL */
 	const char *const *keywords;
 	uint8_t hash[DOVETAIL_MESSAGE_HASH_SIZE];
 };
@@ -312,7 +318,7 @@ struct dovetail_change_compared {
 	uint32_t uid_validity, uid_next;
 	uint64_t highest_modseq;
 	ARRAY_TYPE(dovetail_range) ranges;
-	/* messages has all messages with these UIDs */
+	/* messages has all messages with these UIDs, ascending, no others */
 	ARRAY_TYPE(seq_range) uids;
 	ARRAY_TYPE(dovetail_compared_message) messages;
 };

@@ -227,6 +227,11 @@ bool dovetail_wire_reader_done(const struct dovetail_wire_reader *r)
 
 /* ---- encoding ---- */
 
+static bool is_control(char c)
+{
+	return (unsigned char)c < 0x20 || c == 0x7f;
+}
+
 static void put_pos(buffer_t *buf, const struct dovetail_log_pos *pos)
 {
 	dovetail_wire_put_num(buf, pos->index_id);
@@ -389,6 +394,17 @@ put_verify(buffer_t *buf, const struct dovetail_change_verify *verify)
 	put_digest(buf, &verify->digest);
 }
 
+/* A line for people. Names and errors of others may stand in it. */
+static void put_text(buffer_t *buf, const char *text)
+{
+	size_t i, size = strlen(text);
+
+	size = I_MIN(size, DOVETAIL_VERIFIED_TEXT_MAX_SIZE);
+	dovetail_wire_put_num(buf, size);
+	for (i = 0; i < size; i++)
+		buffer_append_c(buf, is_control(text[i]) ? '?' : text[i]);
+}
+
 static void
 put_verified(buffer_t *buf, const struct dovetail_change_verified *verified)
 {
@@ -401,7 +417,7 @@ put_verified(buffer_t *buf, const struct dovetail_change_verified *verified)
 	dovetail_wire_put_num(buf, verified->messages);
 	dovetail_wire_put_num(buf, array_count(&verified->texts));
 	array_foreach(&verified->texts, text)
-		dovetail_wire_put_str(buf, *text);
+		put_text(buf, *text);
 }
 
 static void put_ranges(buffer_t *buf, const ARRAY_TYPE(dovetail_range) *ranges)
@@ -442,7 +458,7 @@ put_compared(buffer_t *buf, const struct dovetail_change_compared *compared)
 	dovetail_wire_put_num(buf, array_count(&compared->messages));
 	array_foreach(&compared->messages, message) {
 		dovetail_wire_put_num(buf, message->uid);
-		dovetail_wire_put_u8(buf, message->flags);
+		dovetail_wire_put_u8(buf, message->flags & WIRE_MAIL_FLAGS);
 		put_keywords(buf, message->keywords);
 		buffer_append(buf, message->hash, sizeof(message->hash));
 	}
@@ -930,6 +946,19 @@ get_verify(struct decoder *d, struct dovetail_change_verify *verify)
 	get_digest(d, &verify->digest);
 }
 
+static const char *get_text(struct decoder *d)
+{
+	const char *p, *text = get_filled_str(d, "text");
+
+	for (p = text; *p != '\0'; p++) {
+		if (is_control(*p))
+			invalid(d, "text", "has control characters");
+	}
+	if (p - text > DOVETAIL_VERIFIED_TEXT_MAX_SIZE)
+		invalid(d, "text", "is too long");
+	return text;
+}
+
 static void
 get_verified(struct decoder *d, struct dovetail_change_verified *verified)
 {
@@ -948,9 +977,11 @@ get_verified(struct decoder *d, struct dovetail_change_verified *verified)
 		invalid(d, "result", "is unknown");
 	verified->messages = get_num32(d, "messages");
 	count = get_count(d, "texts", WIRE_TEXT_MIN_SIZE);
-	p_array_init(&verified->texts, d->pool, I_MAX(count, 1));
+	if (count > DOVETAIL_VERIFIED_TEXTS_MAX)
+		invalid(d, "texts", "are too many");
+	p_array_init(&verified->texts, d->pool, 1);
 	for (i = 0; i < count && !d->r.failed; i++) {
-		text = get_filled_str(d, "text");
+		text = get_text(d);
 		array_push_back(&verified->texts, &text);
 	}
 }
@@ -966,7 +997,7 @@ get_ranges(struct decoder *d, ARRAY_TYPE(dovetail_range) *ranges)
 	count = get_count(d, "ranges", WIRE_RANGE_DIGEST_MIN_SIZE);
 	if (count > DOVETAIL_RANGES_MAX)
 		invalid(d, "ranges", "are too many");
-	p_array_init(ranges, d->pool, I_MAX(d->r.failed ? 0 : count, 1));
+	p_array_init(ranges, d->pool, 1);
 	for (i = 0; i < count && !d->r.failed; i++) {
 		range = array_append_space(ranges);
 		range->uid1 = get_uid(d, "uid1");
@@ -976,6 +1007,8 @@ get_ranges(struct decoder *d, ARRAY_TYPE(dovetail_range) *ranges)
 			invalid(d, "ranges", "are not in order");
 		last = range->uid2;
 		range->count = get_num32(d, "count");
+		if (range->count > uid2 - range->uid1 + 1)
+			invalid(d, "count", "is more than there are UIDs");
 		get_sum(d, "sum", &range->sum);
 	}
 }

@@ -20,15 +20,29 @@
                num highest_modseq  u8 flags
                num from.index_id  num from.file_seq  num from.file_offset
                num to.index_id  num to.file_seq  num to.file_offset
-               op ... to the end
+               digest (only with flag DIGEST)  op ... to the end
      LIST      u8 action  guid  str name  str new_name ("" unless RENAME)
                num uid_validity  num uid_next (0 unless CREATE, UPDATE)
      TREE      num mailboxes, each: guid  str name  num uid_validity
-               num uid_next;  num subscriptions, each: str name
-     REQUEST   guid  str name  num uid_next
+               num uid_next;  num subscriptions, each: str name;
+               num number  u8 flags (0 unless number)
+     REQUEST   guid  str name  num uid_next  uids (may have count 0)
      SPOOL     16 bytes id  num offset  data to the end (1..128 KiB)
      HEARTBEAT nothing more; user is ""
      SHARD_REQUEST, SHARD_SWEPT   u8 shard  str node  num number; user is ""
+     VERIFY    num number  u8 flags  guid  str name  num uid_validity  digest
+     VERIFIED  str node  num number  guid  u8 result  num messages
+               num texts (0..100), each: str of 1..1000 bytes, none of them
+               0x00..0x1f or 0x7f
+     COMPARE   guid  str name  num number  16 bytes key  ranges
+     COMPARED  guid  num number  num uid_validity  num uid_next
+               num highest_modseq  ranges  uids (may have count 0)
+               num messages, ascending, each: num uid (one of uids)  u8 flags
+               num keywords, each str; 16 bytes hash
+
+   digest := 16 bytes key  16 bytes sum  num count
+   ranges := num ranges (0..4096), ascending, each: num uid1
+             num uid2 minus uid1  num count  16 bytes sum
 
    op := u8 type, by type:
      APPEND    num uid  str guid  u8 flags
