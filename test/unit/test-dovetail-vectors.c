@@ -1,6 +1,6 @@
 /* Copyright (c) 2026 dovetail authors, LGPL-2.1-or-later, see COPYING */
 
-/* Checks wire, keyring and seal against vectors of another implementation.
+/* Checks wire, digest, keyring and seal against vectors of another implementation.
    The vectors are read from the directory $DOVETAIL_VECTORS; when that is not
    set, from $srcdir/../vectors (srcdir as automake sets it, "." otherwise).
    Their format is told at the top of each file, and made by make-vectors.py
@@ -107,15 +107,21 @@ static void text_uids(string_t *str, const ARRAY_TYPE(seq_range) *uids)
 	}
 }
 
-static void text_append(string_t *str, const struct dovetail_op_append *append)
+static void text_keywords(string_t *str, const char *const *keywords)
 {
 	unsigned int i;
 
+	str_append(str, " keywords=");
+	for (i = 0; keywords[i] != NULL; i++)
+		text_str(str, i == 0 ? "" : ",", keywords[i]);
+}
+
+static void text_append(string_t *str, const struct dovetail_op_append *append)
+{
 	str_printfa(str, " | append uid=%u", append->uid);
 	text_str(str, " guid=", append->guid);
-	str_printfa(str, " flags=%u keywords=", append->flags);
-	for (i = 0; append->keywords[i] != NULL; i++)
-		text_str(str, i == 0 ? "" : ",", append->keywords[i]);
+	str_printfa(str, " flags=%u", append->flags);
+	text_keywords(str, append->keywords);
 	str_printfa(str, " received_date=%jd save_date=%jd",
 		    (intmax_t)append->received_date,
 		    (intmax_t)append->save_date);
@@ -169,6 +175,16 @@ static void text_op(string_t *str, const struct dovetail_op *op)
 	text_uids(str, &op->uids);
 }
 
+static void text_digest(string_t *str, const struct dovetail_digest *digest)
+{
+	uint8_t sum[DOVETAIL_DIGEST_SUM_SIZE];
+
+	dovetail_sum_to_bytes(&digest->sum, sum);
+	text_hex(str, " digest=", digest->key, sizeof(digest->key));
+	text_hex(str, ":", sum, sizeof(sum));
+	str_printfa(str, ":%u", digest->count);
+}
+
 static void
 text_mailbox(string_t *str, const struct dovetail_change_mailbox *m)
 {
@@ -181,6 +197,8 @@ text_mailbox(string_t *str, const struct dovetail_change_mailbox *m)
 		    m->uid_next, m->highest_modseq, m->flags,
 		    m->from.index_id, m->from.file_seq, m->from.file_offset,
 		    m->to.index_id, m->to.file_seq, m->to.file_offset);
+	if ((m->flags & DOVETAIL_MAILBOX_DIGEST) != 0)
+		text_digest(str, &m->digest);
 	array_foreach(&m->ops, op)
 		text_op(str, op);
 }
@@ -190,6 +208,7 @@ static void text_tree(string_t *str, const struct dovetail_change_tree *tree)
 	const struct dovetail_tree_mailbox *m;
 	const char *const *name;
 
+	str_printfa(str, " number=%u flags=%u", tree->number, tree->flags);
 	array_foreach(&tree->mailboxes, m) {
 		text_hex(str, " | mailbox guid=", m->guid, GUID_128_SIZE);
 		text_str(str, " name=", m->name);
@@ -198,6 +217,84 @@ static void text_tree(string_t *str, const struct dovetail_change_tree *tree)
 	}
 	array_foreach(&tree->subscriptions, name)
 		text_str(str, " | subscription ", *name);
+}
+
+static void
+text_request(string_t *str, const struct dovetail_change_request *request)
+{
+	text_hex(str, " guid=", request->guid, GUID_128_SIZE);
+	text_str(str, " name=", request->name);
+	str_printfa(str, " uid_next=%u uids=", request->uid_next);
+	text_uids(str, &request->uids);
+}
+
+static void
+text_verify(string_t *str, const struct dovetail_change_verify *verify)
+{
+	str_printfa(str, " number=%u flags=%u", verify->number, verify->flags);
+	text_hex(str, " guid=", verify->guid, GUID_128_SIZE);
+	text_str(str, " name=", verify->name);
+	str_printfa(str, " uid_validity=%u", verify->uid_validity);
+	text_digest(str, &verify->digest);
+}
+
+static void
+text_verified(string_t *str, const struct dovetail_change_verified *verified)
+{
+	const char *const *text;
+
+	text_str(str, " node=", verified->node);
+	str_printfa(str, " number=%u", verified->number);
+	text_hex(str, " guid=", verified->guid, GUID_128_SIZE);
+	str_printfa(str, " result=%d messages=%u", verified->result,
+		    verified->messages);
+	array_foreach(&verified->texts, text)
+		text_str(str, " | text ", *text);
+}
+
+static void
+text_ranges(string_t *str, const ARRAY_TYPE(dovetail_range) *ranges)
+{
+	const struct dovetail_range *range;
+	uint8_t sum[DOVETAIL_DIGEST_SUM_SIZE];
+
+	array_foreach(ranges, range) {
+		dovetail_sum_to_bytes(&range->sum, sum);
+		str_printfa(str, " | range %u:%u count=%u", range->uid1,
+			    range->uid2, range->count);
+		text_hex(str, " sum=", sum, sizeof(sum));
+	}
+}
+
+static void
+text_compare(string_t *str, const struct dovetail_change_compare *compare)
+{
+	text_hex(str, " guid=", compare->guid, GUID_128_SIZE);
+	text_str(str, " name=", compare->name);
+	str_printfa(str, " number=%u", compare->number);
+	text_hex(str, " key=", compare->key, sizeof(compare->key));
+	text_ranges(str, &compare->ranges);
+}
+
+static void
+text_compared(string_t *str, const struct dovetail_change_compared *compared)
+{
+	const struct dovetail_compared_message *message;
+
+	text_hex(str, " guid=", compared->guid, GUID_128_SIZE);
+	str_printfa(str, " number=%u uid_validity=%u uid_next=%u "
+		    "highest_modseq=%"PRIu64, compared->number,
+		    compared->uid_validity, compared->uid_next,
+		    compared->highest_modseq);
+	text_ranges(str, &compared->ranges);
+	str_append(str, " | uids=");
+	text_uids(str, &compared->uids);
+	array_foreach(&compared->messages, message) {
+		str_printfa(str, " | message uid=%u flags=%u", message->uid,
+			    message->flags);
+		text_keywords(str, message->keywords);
+		text_hex(str, " hash=", message->hash, sizeof(message->hash));
+	}
 }
 
 static void text_change(string_t *str, const struct dovetail_change *change)
@@ -223,9 +320,7 @@ static void text_change(string_t *str, const struct dovetail_change *change)
 		return;
 	case DOVETAIL_CHANGE_REQUEST:
 		text_str(str, "request user=", change->user);
-		text_hex(str, " guid=", change->u.request.guid, GUID_128_SIZE);
-		text_str(str, " name=", change->u.request.name);
-		str_printfa(str, " uid_next=%u", change->u.request.uid_next);
+		text_request(str, &change->u.request);
 		return;
 	case DOVETAIL_CHANGE_SPOOL:
 		text_str(str, "spool user=", change->user);
@@ -247,10 +342,20 @@ static void text_change(string_t *str, const struct dovetail_change *change)
 		str_printfa(str, " number=%u", change->u.shard.number);
 		return;
 	case DOVETAIL_CHANGE_VERIFY:
+		text_str(str, "verify user=", change->user);
+		text_verify(str, &change->u.verify);
+		return;
 	case DOVETAIL_CHANGE_VERIFIED:
+		text_str(str, "verified user=", change->user);
+		text_verified(str, &change->u.verified);
+		return;
 	case DOVETAIL_CHANGE_COMPARE:
+		text_str(str, "compare user=", change->user);
+		text_compare(str, &change->u.compare);
+		return;
 	case DOVETAIL_CHANGE_COMPARED:
-		/* no vectors yet */
+		text_str(str, "compared user=", change->user);
+		text_compared(str, &change->u.compared);
 		return;
 	}
 }
@@ -500,6 +605,103 @@ static bool run_own(const struct vector *v, string_t *text)
 	return ok;
 }
 
+static void vector_arg_hex(const struct vector *v, const char *name,
+			   void *data_r, size_t size)
+{
+	const char *value = vector_arg(v, name);
+	buffer_t buf;
+
+	buffer_create_from_data(&buf, data_r, size);
+	if (strlen(value) != size * 2 || hex_to_binary(value, &buf) < 0)
+		i_fatal("%s line %u: bad %s", v->file, v->line_num, name);
+}
+
+static void text_sum(string_t *str, const struct dovetail_sum *sum)
+{
+	uint8_t bytes[DOVETAIL_DIGEST_SUM_SIZE];
+
+	dovetail_sum_to_bytes(sum, bytes);
+	binary_to_hex_append(str, bytes, sizeof(bytes));
+}
+
+static bool run_message(const struct vector *v, string_t *text)
+{
+	struct dovetail_body_hash whole, pieces;
+	uint8_t hash[DOVETAIL_MESSAGE_HASH_SIZE];
+	uint8_t other[DOVETAIL_MESSAGE_HASH_SIZE];
+	guid_128_t guid;
+	int64_t received_date;
+	size_t i;
+
+	vector_arg_hex(v, "guid", guid, sizeof(guid));
+	if (str_to_int64(vector_arg(v, "received_date"), &received_date) < 0)
+		i_fatal("%s line %u: bad received_date", v->file, v->line_num);
+	dovetail_body_hash_init(&whole);
+	dovetail_body_hash_more(&whole, v->data, v->size);
+	dovetail_body_hash_final(&whole, guid, received_date, hash);
+	dovetail_body_hash_init(&pieces);
+	for (i = 0; i < v->size; i++)
+		dovetail_body_hash_more(&pieces, v->data + i, 1);
+	dovetail_body_hash_final(&pieces, guid, received_date, other);
+	test_assert_idx(memcmp(hash, other, sizeof(hash)) == 0, v->line_num);
+	binary_to_hex_append(text, hash, sizeof(hash));
+	return TRUE;
+}
+
+static bool run_keywords(const struct vector *v, string_t *text)
+{
+	const char *name = (const char *)v->data;
+	const char *end = name + v->size;
+	struct dovetail_sum sum = { 0, 0 }, num;
+
+	if (v->size > 0 && end[-1] != '\0')
+		i_fatal("%s line %u: no 00", v->file, v->line_num);
+	for (; name < end; name += strlen(name) + 1) {
+		dovetail_keyword_sum(name, &num);
+		dovetail_sum_add(&sum, &num);
+	}
+	text_sum(text, &sum);
+	return TRUE;
+}
+
+static bool run_element(const struct vector *v, string_t *text)
+{
+	uint8_t key[DOVETAIL_DIGEST_KEY_SIZE];
+	struct dovetail_sum keywords, element;
+
+	vector_arg_hex(v, "key", key, sizeof(key));
+	if (v->size != DOVETAIL_DIGEST_SUM_SIZE + DOVETAIL_MESSAGE_HASH_SIZE)
+		i_fatal("%s line %u: bad size", v->file, v->line_num);
+	dovetail_sum_from_bytes(v->data, &keywords);
+	dovetail_element(key, vector_arg_uint(v, "uid"),
+			 vector_arg_uint(v, "flags"), &keywords,
+			 v->data + DOVETAIL_DIGEST_SUM_SIZE, &element);
+	text_sum(text, &element);
+	return TRUE;
+}
+
+static bool run_sum(const struct vector *v, string_t *text)
+{
+	struct dovetail_sum sum = { 0, 0 }, left, num;
+	size_t pos;
+
+	if (v->size % DOVETAIL_DIGEST_SUM_SIZE != 0)
+		i_fatal("%s line %u: bad size", v->file, v->line_num);
+	for (pos = 0; pos < v->size; pos += DOVETAIL_DIGEST_SUM_SIZE) {
+		dovetail_sum_from_bytes(v->data + pos, &num);
+		dovetail_sum_add(&sum, &num);
+	}
+	text_sum(text, &sum);
+	/* and all taken away again */
+	left = sum;
+	for (pos = 0; pos < v->size; pos += DOVETAIL_DIGEST_SUM_SIZE) {
+		dovetail_sum_from_bytes(v->data + pos, &num);
+		dovetail_sum_sub(&left, &num);
+	}
+	test_assert_idx(left.lo == 0 && left.hi == 0, v->line_num);
+	return TRUE;
+}
+
 static const struct {
 	const char *what;
 	bool (*run)(const struct vector *v, string_t *text);
@@ -513,6 +715,10 @@ static const struct {
 	{ "ack", run_ack, FALSE },
 	{ "open", run_open, TRUE },
 	{ "own", run_own, FALSE },
+	{ "message", run_message, FALSE },
+	{ "keywords", run_keywords, FALSE },
+	{ "element", run_element, FALSE },
+	{ "sum", run_sum, FALSE },
 };
 
 static void vector_run(const struct vector *v)
@@ -682,12 +888,12 @@ static void test_vectors_primitives(void)
 
 static void test_vectors_changes(void)
 {
-	vectors_run("changes.txt", 36, 0);
+	vectors_run("changes.txt", 69, 0);
 }
 
 static void test_vectors_changes_refused(void)
 {
-	vectors_run("changes-refused.txt", 0, 69);
+	vectors_run("changes-refused.txt", 0, 254);
 }
 
 static void test_vectors_entries(void)
@@ -705,6 +911,11 @@ static void test_vectors_acks(void)
 	vectors_run("acks.txt", 5, 9);
 }
 
+static void test_vectors_digests(void)
+{
+	vectors_run("digests.txt", 49, 0);
+}
+
 int main(void)
 {
 	static void (*const test_functions[])(void) = {
@@ -716,6 +927,7 @@ int main(void)
 		test_vectors_entries_refused,
 		keys_deinit,
 		test_vectors_acks,
+		test_vectors_digests,
 		NULL
 	};
 	return test_run(test_functions);

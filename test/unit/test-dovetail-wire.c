@@ -460,41 +460,223 @@ static void shard_fill(struct dovetail_change *change,
 	change->u.shard.number = 0xffffffff;
 }
 
-#define SAMPLES 18
-static bool sample_fill(unsigned int idx, struct dovetail_change *change)
+static void digest_fill(struct dovetail_digest *digest)
+{
+	memset(digest->key, 6, sizeof(digest->key));
+	digest->sum.lo = 0x0102030405060708ULL;
+	digest->sum.hi = UINT64_MAX;
+	digest->count = 3;
+}
+
+static void mailbox_digest_fill(struct dovetail_change *change)
+{
+	mailbox_fill(change);
+	change->u.mailbox.flags = DOVETAIL_MAILBOX_DIGEST;
+	digest_fill(&change->u.mailbox.digest);
+	(void)op_add(change, DOVETAIL_OP_EXPUNGE, 1, 3);
+}
+
+static void messages_fill(struct dovetail_change *change)
+{
+	struct dovetail_change_mailbox *m = &change->u.mailbox;
+
+	mailbox_fill(change);
+	m->flags = DOVETAIL_MAILBOX_MESSAGES | DOVETAIL_MAILBOX_MORE;
+	i_zero(&m->from);
+	i_zero(&m->to);
+	append_add(change, 1, DOVETAIL_BODY_INLINE);
+	append_add(change, 9, DOVETAIL_BODY_COPY);
+}
+
+static void tree_numbered_fill(struct dovetail_change *change)
+{
+	tree_fill(change);
+	change->u.tree.number = 300;
+	change->u.tree.flags = DOVETAIL_VERIFY_DEEP | DOVETAIL_VERIFY_EXPLAIN |
+		DOVETAIL_VERIFY_REPAIR;
+}
+
+static void request_uids_fill(struct dovetail_change *change)
+{
+	ARRAY_TYPE(seq_range) *uids = &change->u.request.uids;
+
+	request_fill(change);
+	change->u.request.uid_next = 0;
+	t_array_init(uids, 2);
+	seq_range_array_add_range(uids, 2, 5);
+	seq_range_array_add(uids, UINT32_MAX);
+}
+
+static void verify_fill(struct dovetail_change *change)
+{
+	struct dovetail_change_verify *verify = &change->u.verify;
+
+	i_zero(change);
+	change->kind = DOVETAIL_CHANGE_VERIFY;
+	change->user = "bob";
+	verify->number = UINT32_MAX;
+	verify->flags = DOVETAIL_VERIFY_DEEP | DOVETAIL_VERIFY_REPAIR;
+	memcpy(verify->guid, guid_a, sizeof(guid_a));
+	verify->name = "Archive\t2026";
+	verify->uid_validity = 17;
+	digest_fill(&verify->digest);
+}
+
+static void text_add(struct dovetail_change *change, const char *text)
+{
+	array_push_back(&change->u.verified.texts, &text);
+}
+
+static void verified_fill(struct dovetail_change *change)
+{
+	struct dovetail_change_verified *verified = &change->u.verified;
+
+	i_zero(change);
+	change->kind = DOVETAIL_CHANGE_VERIFIED;
+	change->user = "bob";
+	verified->node = "node-1.b";
+	verified->number = 300;
+	memcpy(verified->guid, guid_a, sizeof(guid_a));
+	verified->result = DOVETAIL_VERIFIED_DIFFERENT;
+	verified->messages = 12;
+	t_array_init(&verified->texts, 4);
+	text_add(change, "uid 5: flags");
+	text_add(change, "uid 7: \xc3\xbc");
+}
+
+static void range_add(ARRAY_TYPE(dovetail_range) *ranges, uint32_t uid1,
+		      uint32_t uid2, uint32_t count)
+{
+	struct dovetail_range *range = array_append_space(ranges);
+
+	range->uid1 = uid1;
+	range->uid2 = uid2;
+	range->count = count;
+	range->sum.lo = uid1;
+	range->sum.hi = UINT64_MAX - uid2;
+}
+
+static struct dovetail_range *
+range_at(ARRAY_TYPE(dovetail_range) *ranges, unsigned int idx)
+{
+	return array_idx_modifiable(ranges, idx);
+}
+
+static void compare_fill(struct dovetail_change *change)
+{
+	struct dovetail_change_compare *compare = &change->u.compare;
+
+	i_zero(change);
+	change->kind = DOVETAIL_CHANGE_COMPARE;
+	change->user = "bob";
+	memcpy(compare->guid, guid_a, sizeof(guid_a));
+	compare->name = "INBOX";
+	compare->number = 300;
+	memset(compare->key, 7, sizeof(compare->key));
+	t_array_init(&compare->ranges, 4);
+	range_add(&compare->ranges, 1, 1, 1);
+	range_add(&compare->ranges, 2, 200, 199);
+	range_add(&compare->ranges, 300, UINT32_MAX, 0);
+}
+
+static void message_add(struct dovetail_change *change, uint32_t uid,
+			const char *const *keywords)
+{
+	struct dovetail_compared_message *message =
+		array_append_space(&change->u.compared.messages);
+
+	message->uid = uid;
+	message->flags = MAIL_SEEN | MAIL_DRAFT;
+	message->keywords = keywords;
+	memset(message->hash, uid & 0xff, sizeof(message->hash));
+}
+
+static void compared_fill(struct dovetail_change *change)
+{
+	struct dovetail_change_compared *compared = &change->u.compared;
+
+	i_zero(change);
+	change->kind = DOVETAIL_CHANGE_COMPARED;
+	change->user = "bob";
+	memcpy(compared->guid, guid_a, sizeof(guid_a));
+	compared->number = 300;
+	compared->uid_validity = 17;
+	compared->uid_next = 1000;
+	compared->highest_modseq = UINT64_MAX;
+	t_array_init(&compared->ranges, 4);
+	range_add(&compared->ranges, 1, 100, 50);
+	range_add(&compared->ranges, 101, 200, 0);
+	t_array_init(&compared->uids, 4);
+	seq_range_array_add_range(&compared->uids, 201, 300);
+	seq_range_array_add(&compared->uids, 999);
+	t_array_init(&compared->messages, 4);
+	message_add(change, 201, two_keywords);
+	message_add(change, 300, no_keywords);
+	message_add(change, 999, two_keywords);
+}
+
+/* One of each kind, and of each action of a list */
+#define SAMPLES 24
+#define SAMPLE_SPOOL 5
+#define SAMPLE_LISTS (SAMPLES - DOVETAIL_LIST_UPDATE)
+static void sample_fill(unsigned int idx, struct dovetail_change *change)
 {
 	switch (idx) {
 	case 0:
 		mailbox_fill(change);
-		return TRUE;
+		return;
 	case 1:
 		mailbox_fill(change);
 		mailbox_fill_ops(change);
-		return TRUE;
+		return;
 	case 2:
 		snapshot_fill(change);
-		return TRUE;
+		return;
 	case 3:
 		tree_fill(change);
-		return TRUE;
+		return;
 	case 4:
 		request_fill(change);
-		return TRUE;
-	case 5:
+		return;
+	case SAMPLE_SPOOL:
 		spool_fill(change);
-		return TRUE;
+		return;
 	case 6:
 		heartbeat_fill(change);
-		return TRUE;
+		return;
 	case 7:
 		shard_fill(change, DOVETAIL_CHANGE_SHARD_REQUEST);
-		return TRUE;
+		return;
 	case 8:
 		shard_fill(change, DOVETAIL_CHANGE_SHARD_SWEPT);
-		return TRUE;
+		return;
+	case 9:
+		mailbox_digest_fill(change);
+		return;
+	case 10:
+		messages_fill(change);
+		return;
+	case 11:
+		tree_numbered_fill(change);
+		return;
+	case 12:
+		request_uids_fill(change);
+		return;
+	case 13:
+		verify_fill(change);
+		return;
+	case 14:
+		verified_fill(change);
+		return;
+	case 15:
+		compare_fill(change);
+		return;
+	case 16:
+		compared_fill(change);
+		return;
 	default:
-		list_fill(change, idx - 8);
-		return idx - 8 <= DOVETAIL_LIST_UPDATE;
+		list_fill(change, idx - SAMPLE_LISTS + DOVETAIL_LIST_CREATE);
+		return;
 	}
 }
 
@@ -598,6 +780,166 @@ static void test_wire_change_fields(void)
 	test_end();
 }
 
+static void
+decode_again(const struct dovetail_change *in, struct dovetail_change *out_r)
+{
+	buffer_t *buf = t_buffer_create(1024);
+	const char *error;
+
+	dovetail_change_encode(buf, in);
+	test_assert(dovetail_change_decode(pool_datastack_create(), buf->data,
+					   buf->used, out_r, &error) == 0);
+	test_assert(out_r->kind == in->kind);
+	test_assert_strcmp(out_r->user, in->user);
+}
+
+static void assert_digest(const struct dovetail_digest *digest)
+{
+	struct dovetail_digest expected;
+
+	i_zero(&expected);
+	digest_fill(&expected);
+	test_assert(dovetail_digest_equals(digest, &expected));
+}
+
+static void test_wire_change_fields_verify(void)
+{
+	struct dovetail_change in, out;
+	const struct dovetail_change_verify *verify = &out.u.verify;
+	const struct dovetail_change_verified *verified = &out.u.verified;
+
+	test_begin("wire change fields: verify");
+	mailbox_digest_fill(&in);
+	decode_again(&in, &out);
+	test_assert(out.u.mailbox.flags == DOVETAIL_MAILBOX_DIGEST);
+	assert_digest(&out.u.mailbox.digest);
+	test_assert(array_count(&out.u.mailbox.ops) == 1);
+
+	tree_numbered_fill(&in);
+	decode_again(&in, &out);
+	test_assert(out.u.tree.number == 300);
+	test_assert(out.u.tree.flags == 7);
+	test_assert(array_count(&out.u.tree.mailboxes) == 2);
+	test_assert(array_count(&out.u.tree.subscriptions) == 2);
+
+	verify_fill(&in);
+	decode_again(&in, &out);
+	test_assert(verify->number == UINT32_MAX);
+	test_assert(verify->flags ==
+		    (DOVETAIL_VERIFY_DEEP | DOVETAIL_VERIFY_REPAIR));
+	test_assert(guid_128_equals(verify->guid, guid_a));
+	test_assert_strcmp(verify->name, "Archive\t2026");
+	test_assert(verify->uid_validity == 17);
+	assert_digest(&verify->digest);
+
+	verified_fill(&in);
+	decode_again(&in, &out);
+	test_assert_strcmp(verified->node, "node-1.b");
+	test_assert(verified->number == 300);
+	test_assert(guid_128_equals(verified->guid, guid_a));
+	test_assert(verified->result == DOVETAIL_VERIFIED_DIFFERENT);
+	test_assert(verified->messages == 12);
+	test_assert(array_count(&verified->texts) == 2);
+	test_assert_strcmp(array_idx_elem(&verified->texts, 0),
+			   "uid 5: flags");
+	test_assert_strcmp(array_idx_elem(&verified->texts, 1),
+			   "uid 7: \xc3\xbc");
+	test_end();
+}
+
+static void test_wire_change_fields_compare(void)
+{
+	struct dovetail_change in, out;
+	const struct dovetail_change_compare *compare = &out.u.compare;
+	const struct dovetail_change_compared *compared = &out.u.compared;
+	const struct dovetail_compared_message *message;
+	const struct dovetail_range *range;
+
+	test_begin("wire change fields: compare");
+	compare_fill(&in);
+	decode_again(&in, &out);
+	test_assert(guid_128_equals(compare->guid, guid_a));
+	test_assert_strcmp(compare->name, "INBOX");
+	test_assert(compare->number == 300);
+	test_assert(compare->key[0] == 7);
+	test_assert(memcmp(compare->key, in.u.compare.key,
+			   sizeof(compare->key)) == 0);
+	test_assert(array_count(&compare->ranges) == 3);
+	range = array_idx(&compare->ranges, 1);
+	test_assert(range->uid1 == 2 && range->uid2 == 200);
+	test_assert(range->count == 199);
+	test_assert(range->sum.lo == 2 && range->sum.hi == UINT64_MAX - 200);
+	range = array_idx(&compare->ranges, 2);
+	test_assert(range->uid1 == 300 && range->uid2 == UINT32_MAX);
+
+	compared_fill(&in);
+	decode_again(&in, &out);
+	test_assert(guid_128_equals(compared->guid, guid_a));
+	test_assert(compared->number == 300);
+	test_assert(compared->uid_validity == 17);
+	test_assert(compared->uid_next == 1000);
+	test_assert(compared->highest_modseq == UINT64_MAX);
+	test_assert(array_count(&compared->ranges) == 2);
+	range = array_idx(&compared->ranges, 0);
+	test_assert(range->uid1 == 1 && range->uid2 == 100);
+	test_assert(range->count == 50);
+	test_assert(seq_range_count(&compared->uids) == 101);
+	test_assert(array_count(&compared->messages) == 3);
+	message = array_front(&compared->messages);
+	test_assert(message->uid == 201);
+	test_assert(message->flags == (MAIL_SEEN | MAIL_DRAFT));
+	test_assert_strcmp(message->keywords[0], "$Forwarded");
+	test_assert_strcmp(message->keywords[1], "work");
+	test_assert(message->keywords[2] == NULL);
+	test_assert(message->hash[0] == 201 && message->hash[15] == 201);
+	message = array_idx(&compared->messages, 1);
+	test_assert(message->uid == 300 && message->keywords[0] == NULL);
+
+	request_uids_fill(&in);
+	decode_again(&in, &out);
+	test_assert(seq_range_count(&out.u.request.uids) == 5);
+	test_assert(seq_range_exists(&out.u.request.uids, UINT32_MAX));
+	request_fill(&in);
+	decode_again(&in, &out);
+	test_assert(array_count(&out.u.request.uids) == 0);
+	messages_fill(&in);
+	decode_again(&in, &out);
+	test_assert(out.u.mailbox.flags == (DOVETAIL_MAILBOX_MESSAGES |
+					    DOVETAIL_MAILBOX_MORE));
+	test_assert(array_count(&out.u.mailbox.ops) == 2);
+	test_end();
+}
+
+static void test_wire_change_texts(void)
+{
+	struct dovetail_change in, out;
+	const struct dovetail_change_verified *verified = &out.u.verified;
+	char text[DOVETAIL_VERIFIED_TEXT_MAX_SIZE + 2], controls[34];
+	unsigned int i;
+
+	test_begin("wire texts are lines");
+	verified_fill(&in);
+	for (i = 0; i < 31; i++)
+		controls[i] = i + 1;
+	controls[31] = 0x7f;
+	controls[32] = ' ';
+	controls[33] = '\0';
+	text_add(&in, controls);
+	text_add(&in, "no \xff UTF-8, \t and \x80");
+	memset(text, 'a', sizeof(text) - 1);
+	text[sizeof(text) - 1] = '\0';
+	text_add(&in, text);
+	decode_again(&in, &out);
+	test_assert(array_count(&verified->texts) == 5);
+	test_assert_strcmp(array_idx_elem(&verified->texts, 2),
+			   "???????????????????????????????? ");
+	test_assert_strcmp(array_idx_elem(&verified->texts, 3),
+			   "no \xff UTF-8, ? and \x80");
+	test_assert(strlen(array_idx_elem(&verified->texts, 4)) ==
+		    DOVETAIL_VERIFIED_TEXT_MAX_SIZE);
+	test_end();
+}
+
 static void test_wire_change_pieces(void)
 {
 	struct dovetail_change change;
@@ -619,6 +961,7 @@ static void test_wire_change_pieces(void)
 static void test_wire_change_internal_flags(void)
 {
 	struct dovetail_change change;
+	struct dovetail_compared_message *message;
 	struct dovetail_op *op;
 	buffer_t *buf = t_buffer_create(1024);
 	const char *error;
@@ -629,6 +972,12 @@ static void test_wire_change_internal_flags(void)
 	op = op_add(&change, DOVETAIL_OP_FLAGS, 1, 1);
 	op->add_flags = 0x80 | MAIL_SEEN;
 	op->remove_flags = 0xff & ~MAIL_SEEN;
+	dovetail_change_encode(buf, &change);
+	test_assert(decodes(buf->data, buf->used, &error));
+	compared_fill(&change);
+	message = array_idx_modifiable(&change.u.compared.messages, 0);
+	message->flags = 0xff;
+	buffer_set_used_size(buf, 0);
 	dovetail_change_encode(buf, &change);
 	test_assert(decodes(buf->data, buf->used, &error));
 	test_end();
@@ -642,10 +991,11 @@ static void test_wire_change_samples(void)
 	size_t pos;
 
 	test_begin("wire every sample, cut and flipped everywhere");
-	for (i = 0; i < SAMPLES && sample_fill(i, &change); i++) T_BEGIN {
+	for (i = 0; i < SAMPLES; i++) T_BEGIN {
 		buffer_t *buf = t_buffer_create(1024);
 		unsigned char *data;
 
+		sample_fill(i, &change);
 		dovetail_change_encode(buf, &change);
 		test_assert_idx(decodes(buf->data, buf->used, &error), i);
 		for (pos = 0; pos < buf->used; pos++) T_BEGIN {
@@ -662,11 +1012,10 @@ static void test_wire_change_samples(void)
 		} T_END;
 		/* ops follow each other, spool data is what is there */
 		buffer_append_c(buf, 0);
-		if (i != 5)
+		if (i != SAMPLE_SPOOL)
 			test_assert_idx(!decodes(buf->data, buf->used,
 						 &error), i);
 	} T_END;
-	test_assert(i == 16);
 	test_assert(refused > 0);
 	test_end();
 }
@@ -684,7 +1033,7 @@ static void test_wire_change_random(void)
 		buffer_t *buf = t_buffer_create(1024);
 		unsigned char *data;
 
-		(void)sample_fill(i % 16, &change);
+		sample_fill(i % SAMPLES, &change);
 		dovetail_change_encode(buf, &change);
 		data = buffer_get_modifiable_data(buf, NULL);
 		for (j = 0; j < 3; j++) {
@@ -721,6 +1070,21 @@ static void test_wire_change_head(void)
 						&out, &error) < 0);
 	test_assert_strcmp(error,
 			   "mailbox change: to is cut off or malformed");
+
+	/* the digest stands in front of the ops */
+	buffer_set_used_size(buf, 0);
+	mailbox_digest_fill(&in);
+	array_clear(&in.u.mailbox.ops);
+	dovetail_change_encode(buf, &in);
+	head_size = buf->used;
+	buffer_append(buf, "\xff", 1);
+	test_assert(dovetail_change_decode_head(pool, buf->data, buf->used,
+						&out, &error) == 0);
+	assert_digest(&out.u.mailbox.digest);
+	test_assert(dovetail_change_decode_head(pool, buf->data, head_size - 1,
+						&out, &error) < 0);
+	test_assert_strcmp(error,
+			   "mailbox change: count is cut off or malformed");
 
 	/* the others have no ops and are checked to the end */
 	buffer_set_used_size(buf, 0);
@@ -806,6 +1170,79 @@ static void test_wire_change_refused(void)
 	REFUSED(list_fill(&change, DOVETAIL_LIST_DELETE),
 		change.u.list.name = "",
 		"list change: name is empty");
+	REFUSED(messages_fill(&change),
+		change.u.mailbox.flags |= DOVETAIL_MAILBOX_SNAPSHOT,
+		"mailbox change: flags do not go with each other");
+	REFUSED(messages_fill(&change),
+		change.u.mailbox.flags |= DOVETAIL_MAILBOX_DIGEST,
+		"mailbox change: flags do not go with each other");
+	REFUSED(messages_fill(&change), change.u.mailbox.to.file_offset = 1,
+		"mailbox change: to is not zero with single messages");
+	REFUSED(messages_fill(&change), change.u.mailbox.from.index_id = 1,
+		"mailbox change: to is not zero with single messages");
+	REFUSED(messages_fill(&change),
+		(void)op_add(&change, DOVETAIL_OP_EXPUNGE, 1, 1),
+		"mailbox change: expunge 3: type is out of place");
+	REFUSED(messages_fill(&change),
+		(void)op_add(&change, DOVETAIL_OP_EXISTS, 1, 1),
+		"mailbox change: exists 3: type is out of place");
+	REFUSED(mailbox_digest_fill(&change),
+		change.u.mailbox.flags |= DOVETAIL_MAILBOX_MORE,
+		"mailbox change: flags have more without snapshot");
+	REFUSED(tree_numbered_fill(&change), change.u.tree.number = 0,
+		"tree change: flags are given without number");
+	REFUSED(tree_numbered_fill(&change), change.u.tree.flags = 0x08,
+		"tree change: flags has unknown bits");
+	REFUSED(request_uids_fill(&change), change.u.request.uid_next = 1,
+		"request: uids do not go with the rest");
+	REFUSED(request_uids_fill(&change),
+		i_zero(&change.u.request.guid); change.u.request.name = "",
+		"request: uids do not go with the rest");
+	REFUSED(verify_fill(&change), change.user = "",
+		"verify: user does not go with the kind");
+	REFUSED(verify_fill(&change), i_zero(&change.u.verify.guid),
+		"verify: guid is zero");
+	REFUSED(verify_fill(&change), change.u.verify.flags = 0x80,
+		"verify: flags has unknown bits");
+	REFUSED(verified_fill(&change), change.user = "",
+		"verified: user does not go with the kind");
+	REFUSED(verified_fill(&change), change.u.verified.node = "a_b",
+		"verified: node is not a node name");
+	REFUSED(verified_fill(&change), change.u.verified.result = 0,
+		"verified: result is unknown");
+	REFUSED(verified_fill(&change), change.u.verified.result = 5,
+		"verified: result is unknown");
+	REFUSED(verified_fill(&change), text_add(&change, ""),
+		"verified: text is empty");
+	REFUSED(compare_fill(&change), change.user = "",
+		"compare: user does not go with the kind");
+	REFUSED(compare_fill(&change), i_zero(&change.u.compare.guid),
+		"compare: guid is zero");
+	REFUSED(compare_fill(&change),
+		range_at(&change.u.compare.ranges, 0)->uid2 = 2,
+		"compare: ranges are not in order");
+	REFUSED(compare_fill(&change),
+		range_at(&change.u.compare.ranges, 0)->uid1 = 0,
+		"compare: uid1 is zero");
+	REFUSED(compare_fill(&change),
+		range_at(&change.u.compare.ranges, 0)->count = 2,
+		"compare: count is more than there are UIDs");
+	REFUSED(compared_fill(&change), change.user = "",
+		"compared: user does not go with the kind");
+	REFUSED(compared_fill(&change), i_zero(&change.u.compared.guid),
+		"compared: guid is zero");
+	REFUSED(compared_fill(&change),
+		range_at(&change.u.compared.ranges, 0)->count = 101,
+		"compared: count is more than there are UIDs");
+	REFUSED(compared_fill(&change),
+		message_add(&change, 999, no_keywords),
+		"compared: uid is out of place");
+	REFUSED(compared_fill(&change),
+		message_add(&change, 1000, no_keywords),
+		"compared: uid is out of place");
+	REFUSED(compared_fill(&change),
+		seq_range_array_remove(&change.u.compared.uids, 201),
+		"compared: uid is out of place");
 	REFUSED(spool_fill(&change), change.u.spool.size = 0,
 		"spool chunk: data is missing");
 	REFUSED(spool_fill(&change), change.u.spool.offset = UINT64_MAX - 4,
@@ -819,6 +1256,7 @@ static void test_wire_change_limits(void)
 	struct dovetail_op_append *append;
 	buffer_t *buf = buffer_create_dynamic(default_pool, 1024);
 	buffer_t *zeros = buffer_create_dynamic(default_pool, 1024);
+	unsigned int i;
 	const char *error;
 
 	test_begin("wire change limits");
@@ -844,6 +1282,30 @@ static void test_wire_change_limits(void)
 	test_assert(decodes(buf->data, buf->used, &error));
 	buffer_append_c(buf, 0);
 	assert_error(buf, "spool chunk: data is too large");
+
+	verified_fill(&change);
+	while (array_count(&change.u.verified.texts) <
+	       DOVETAIL_VERIFIED_TEXTS_MAX)
+		text_add(&change, "text");
+	buffer_set_used_size(buf, 0);
+	dovetail_change_encode(buf, &change);
+	test_assert(decodes(buf->data, buf->used, &error));
+	text_add(&change, "text");
+	buffer_set_used_size(buf, 0);
+	dovetail_change_encode(buf, &change);
+	assert_error(buf, "verified: texts are too many");
+
+	compare_fill(&change);
+	array_clear(&change.u.compare.ranges);
+	for (i = 1; i <= DOVETAIL_RANGES_MAX; i++)
+		range_add(&change.u.compare.ranges, i, i, 1);
+	buffer_set_used_size(buf, 0);
+	dovetail_change_encode(buf, &change);
+	test_assert(decodes(buf->data, buf->used, &error));
+	range_add(&change.u.compare.ranges, i, i, 1);
+	buffer_set_used_size(buf, 0);
+	dovetail_change_encode(buf, &change);
+	assert_error(buf, "compare: ranges are too many");
 
 	/* A change of exactly the allowed size */
 	request_fill(&change);
@@ -892,6 +1354,90 @@ static void test_wire_change_claims(void)
 	test_end();
 }
 
+/* Bytes that decoding takes */
+static size_t decode_memory(const buffer_t *buf, const char **error_r)
+{
+	pool_t pool = pool_alloconly_create("test wire memory", 1024);
+	struct dovetail_change change;
+	size_t memory;
+
+	if (dovetail_change_decode(pool, buf->data, buf->used, &change,
+				   error_r) == 0)
+		*error_r = NULL;
+	memory = pool_alloconly_get_total_alloc_size(pool);
+	pool_unref(&pool);
+	return memory;
+}
+
+static void test_wire_change_memory(void)
+{
+	/* the change up to a count, and what one of those has at least */
+	static const struct {
+		const char *head;
+		size_t head_size, min_size;
+		const char *field;
+		/* there is a limit besides, far below */
+		bool limited;
+	} tests[] = {
+#define HEAD(str) str, sizeof(str) - 1
+#define GUID "aaaabbbbccccdddd"
+		{ HEAD("\x03\x01u"), 19, "tree change: mailboxes", FALSE },
+		{ HEAD("\x03\x01u\0"), 1,
+		  "tree change: subscriptions", FALSE },
+		{ HEAD("\x04\x01u" GUID "\0\0"), 2, "request: uids", FALSE },
+		{ HEAD("\x0a\x01u\x01" "a\x07" GUID "\x01\x07"), 2,
+		  "verified: texts", TRUE },
+		{ HEAD("\x0b\x01u" GUID "\0\x07" GUID), 19,
+		  "compare: ranges", TRUE },
+		{ HEAD("\x0c\x01u" GUID "\x07\0\0\0"), 19,
+		  "compared: ranges", TRUE },
+		{ HEAD("\x0c\x01u" GUID "\x07\0\0\0\0"), 2,
+		  "compared: uids", FALSE },
+		{ HEAD("\x0c\x01u" GUID "\x07\0\0\0\0\x01\0\0"), 19,
+		  "compared: messages", FALSE },
+		{ HEAD("\x0c\x01u" GUID "\x07\0\0\0\0\x01\0\0\x01"
+		       "\x01\0"), 2, "compared: keywords", FALSE },
+#undef GUID
+#undef HEAD
+	};
+	const size_t rest_size = 256 * 1024;
+	static const uint64_t claims[] = {
+		UINT32_MAX, (uint64_t)UINT32_MAX + 1, UINT64_MAX
+	};
+	buffer_t *buf = buffer_create_dynamic(default_pool, 1024);
+	const char *error;
+	unsigned int i, j;
+	size_t memory_max;
+
+	test_begin("wire memory for claimed counts");
+	for (i = 0; i < N_ELEMENTS(tests); i++) {
+		/* more than the bytes left can hold: nothing is allocated */
+		for (j = 0; j <= N_ELEMENTS(claims); j++) {
+			buffer_set_used_size(buf, 0);
+			buffer_append(buf, tests[i].head, tests[i].head_size);
+			dovetail_wire_put_num(buf, j < N_ELEMENTS(claims) ?
+				claims[j] : rest_size / tests[i].min_size + 1);
+			buffer_append_zero(buf, rest_size);
+			test_assert_idx(decode_memory(buf, &error) <= 2048, i);
+			test_assert_idx(error != NULL &&
+					strncmp(error, tests[i].field,
+						strlen(tests[i].field)) == 0,
+					i);
+		}
+		/* As many as they might hold, or as are allowed. An empty
+		   subscription of one byte is the worst: a pointer, a string
+		   of 8 bytes, and a pool that grows by doubling. */
+		buffer_set_used_size(buf, 0);
+		buffer_append(buf, tests[i].head, tests[i].head_size);
+		dovetail_wire_put_num(buf, rest_size / tests[i].min_size);
+		buffer_append_zero(buf, rest_size);
+		memory_max = tests[i].limited ? 2048 : rest_size * 64;
+		test_assert_idx(decode_memory(buf, &error) <= memory_max, i);
+	}
+	buffer_free(&buf);
+	test_end();
+}
+
 int main(void)
 {
 	static void (*const test_functions[])(void) = {
@@ -902,6 +1448,9 @@ int main(void)
 		test_wire_uids,
 		test_wire_uids_added,
 		test_wire_change_fields,
+		test_wire_change_fields_verify,
+		test_wire_change_fields_compare,
+		test_wire_change_texts,
 		test_wire_change_pieces,
 		test_wire_change_internal_flags,
 		test_wire_change_samples,
@@ -910,6 +1459,7 @@ int main(void)
 		test_wire_change_refused,
 		test_wire_change_limits,
 		test_wire_change_claims,
+		test_wire_change_memory,
 		NULL
 	};
 	return test_run(test_functions);

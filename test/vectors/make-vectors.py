@@ -2,11 +2,11 @@
 # Copyright (c) 2026 dovetail authors, LGPL-2.1-or-later, see COPYING
 """Make the test vectors: ./make-vectors.py [DIRECTORY]
 
-A second implementation of dovetail-wire.h and dovetail-seal.h, written from
-the headers alone and without libsodium, so that it cannot share a mistake with
-the first. Ed25519 and X25519 come from Python's cryptography (OpenSSL),
-BLAKE2b from hashlib; the rest is below. Everything random is made from fixed
-labels, so the files come out the same each time.
+A second implementation of dovetail-wire.h, dovetail-digest.h and
+dovetail-seal.h, written from the headers alone and without libsodium, so that
+it cannot share a mistake with the first. Ed25519 and X25519 come from Python's
+cryptography (OpenSSL), BLAKE2b from hashlib; the rest is below. Everything
+random is made from fixed labels, so the files come out the same each time.
 
 The format of the files is told at the top of each of them; the reader is
 test/unit/test-dovetail-vectors.c.
@@ -266,9 +266,14 @@ GUID_B = bytes.fromhex("b2000000000000000000000000000002")
 NO_GUID = bytes(16)
 SPOOL_ID = bytes(range(16))
 BODY = b"Subject: hi\r\n\r\n"
+KEY = bytes(range(0x40, 0x50))
+SUM = bytes(range(0xf0, 0x100))
+HASH = bytes(range(0xa0, 0xb0))
 
 ANSWERED, FLAGGED, DELETED, SEEN, DRAFT = 1, 2, 4, 8, 16
-SNAPSHOT, MORE = 1, 2
+SNAPSHOT, MORE, DIGEST, MESSAGES = 1, 2, 4, 8
+DEEP, EXPLAIN, REPAIR = 1, 2, 4
+EQUAL, DIFFERENT, REPAIRED, UNKNOWN = range(1, 5)
 CREATE, CREATE_DIR, DELETE, RENAME, SUBSCRIBE, UNSUBSCRIBE, UPDATE = range(1, 8)
 
 
@@ -276,17 +281,25 @@ def head(kind, user):
     return bytes([kind]) + bstr(user)
 
 
+def digest(key=KEY, sum_=SUM, count=3):
+    return (key + sum_ + num(count),
+            "digest=%s:%s:%d" % (key.hex(), sum_.hex(), count))
+
+
 def mailbox(ops=(), user="alice", guid=GUID_A, name="INBOX",
             uid_validity=1700000000, uid_next=8, modseq=42, flags=0,
-            frm=(5, 1, 40), to=(5, 1, 96)):
+            frm=(5, 1, 40), to=(5, 1, 96), digest_=None):
     data = (head(1, user) + guid + bstr(name) + num(uid_validity) +
             num(uid_next) + num(modseq) + bytes([flags]) +
             b"".join(map(num, frm)) + b"".join(map(num, to)) +
+            (digest_[0] if digest_ else b"") +
             b"".join(op[0] for op in ops))
     text = ('mailbox user=%s guid=%s name=%s uid_validity=%d uid_next=%d '
             'highest_modseq=%d flags=%d from=%d:%d:%d to=%d:%d:%d' %
             (qstr(user), guid.hex(), qstr(name), uid_validity, uid_next,
              modseq, flags, *frm, *to))
+    if digest_:
+        text += " " + digest_[1]
     return data, text + "".join(" | " + op[1] for op in ops)
 
 
@@ -356,22 +369,22 @@ def list_(action, guid=NO_GUID, name="Archive", new_name="", uid_validity=0,
              uid_validity, uid_next))
 
 
-def tree(mailboxes, subscriptions, user="alice"):
+def tree(mailboxes, subscriptions, user="alice", number=0, flags=0):
     data = head(3, user) + num(len(mailboxes))
-    text = "tree user=" + qstr(user)
+    text = "tree user=%s number=%d flags=%d" % (qstr(user), number, flags)
     for guid, name, uid_validity, uid_next in mailboxes:
         data += guid + bstr(name) + num(uid_validity) + num(uid_next)
         text += " | mailbox guid=%s name=%s uid_validity=%d uid_next=%d" % (
             guid.hex(), qstr(name), uid_validity, uid_next)
     data += num(len(subscriptions)) + b"".join(map(bstr, subscriptions))
     text += "".join(" | subscription " + qstr(s) for s in subscriptions)
-    return data + num(0) + b"\0", text
+    return data + num(number) + bytes([flags]), text
 
 
-def request(guid=GUID_A, name="INBOX", uid_next=8, user="alice"):
-    return (head(4, user) + guid + bstr(name) + num(uid_next) + num(0),
-            "request user=%s guid=%s name=%s uid_next=%d" %
-            (qstr(user), guid.hex(), qstr(name), uid_next))
+def request(guid=GUID_A, name="INBOX", uid_next=8, ranges=(), user="alice"):
+    return (head(4, user) + guid + bstr(name) + num(uid_next) + uids(ranges),
+            "request user=%s guid=%s name=%s uid_next=%d uids=%s" %
+            (qstr(user), guid.hex(), qstr(name), uid_next, quids(ranges)))
 
 
 def spool(data, offset=0, user="alice"):
@@ -392,6 +405,92 @@ def shard_change(kind, shard=3, node="node-1.b", number=2**32 - 1, user=""):
             "%s shard=%d node=%s number=%d" %
             ("shard_request" if kind == SHARD_REQUEST else "shard_swept",
              shard, qstr(node), number))
+
+
+def verify(number=7, flags=0, guid=GUID_A, name="INBOX",
+           uid_validity=1700000000, digest_=None, user="alice"):
+    digest_ = digest_ or digest()
+    return (head(9, user) + num(number) + bytes([flags]) + guid + bstr(name) +
+            num(uid_validity) + digest_[0],
+            "verify user=%s number=%d flags=%d guid=%s name=%s "
+            "uid_validity=%d %s" %
+            (qstr(user), number, flags, guid.hex(), qstr(name), uid_validity,
+             digest_[1]))
+
+
+def verified(result=EQUAL, texts=(), node="b", number=7, guid=GUID_A,
+             messages=3, user="alice"):
+    return (head(10, user) + bstr(node) + num(number) + guid +
+            bytes([result]) + num(messages) + num(len(texts)) +
+            b"".join(map(bstr, texts)),
+            "verified user=%s node=%s number=%d guid=%s result=%d "
+            "messages=%d" %
+            (qstr(user), qstr(node), number, guid.hex(), result, messages) +
+            "".join(" | text " + qstr(text) for text in texts))
+
+
+def ranges_(ranges):
+    """of (uid1, uid2, count, sum)"""
+    return (num(len(ranges)) +
+            b"".join(num(uid1) + num(uid2 - uid1) + num(count) + sum_
+                     for uid1, uid2, count, sum_ in ranges),
+            "".join(" | range %d:%d count=%d sum=%s" %
+                    (uid1, uid2, count, sum_.hex())
+                    for uid1, uid2, count, sum_ in ranges))
+
+
+def compare(ranges=(), guid=GUID_A, name="INBOX", number=7, key=KEY,
+            user="alice"):
+    data, text = ranges_(ranges)
+    return (head(11, user) + guid + bstr(name) + num(number) + key + data,
+            "compare user=%s guid=%s name=%s number=%d key=%s" %
+            (qstr(user), guid.hex(), qstr(name), number, key.hex()) + text)
+
+
+def compared_message(uid, flags=0, keywords=(), hash_=HASH):
+    return (num(uid) + bytes([flags]) + num(len(keywords)) +
+            b"".join(map(bstr, keywords)) + hash_,
+            " | message uid=%d flags=%d keywords=%s hash=%s" %
+            (uid, flags, ",".join(map(qstr, keywords)), hash_.hex()))
+
+
+def compared(ranges=(), uid_ranges=(), messages=(), guid=GUID_A, number=7,
+             uid_validity=1700000000, uid_next=8, modseq=42, user="alice"):
+    data, text = ranges_(ranges)
+    return (head(12, user) + guid + num(number) + num(uid_validity) +
+            num(uid_next) + num(modseq) + data + uids(uid_ranges) +
+            num(len(messages)) + b"".join(m[0] for m in messages),
+            "compared user=%s guid=%s number=%d uid_validity=%d uid_next=%d "
+            "highest_modseq=%d%s | uids=%s" %
+            (qstr(user), guid.hex(), number, uid_validity, uid_next, modseq,
+             text, quids(uid_ranges)) + "".join(m[1] for m in messages))
+
+
+# ---- digests ----
+
+def blake2b_128(data, key=b""):
+    return hashlib.blake2b(data, digest_size=16, key=key).digest()
+
+
+def message_hash(guid, received, body):
+    body = body.replace(b"\r\n", b"\n")
+    return blake2b_128(guid + struct.pack("<qQ", received, len(body)) +
+                       blake2b(body))
+
+
+def add_128(numbers):
+    return (sum(int.from_bytes(n, "little") for n in numbers) %
+            2**128).to_bytes(16, "little")
+
+
+def keyword_sum(keywords):
+    # bytes.lower() is of ASCII only
+    return add_128(blake2b_128(k.encode().lower()) for k in keywords)
+
+
+def element(key, uid, flags, keywords, message):
+    return blake2b_128(struct.pack("<IB", uid, flags) + keywords + message,
+                       key)
 
 
 # ---- entries ----
@@ -577,6 +676,22 @@ def make_changes():
     ok("SNAPSHOT: EXISTS may be empty; MORE follows",
        mailbox([exists([]), append(uid=1, inline=BODY)],
                flags=SNAPSHOT | MORE, frm=(0, 0, 0)))
+    ok("MAILBOX with its DIGEST", mailbox(flags=DIGEST, digest_=digest()))
+    ok("DIGEST stands before the ops",
+       mailbox([append(inline=BODY), expunge([(1, 1)])], flags=DIGEST,
+               digest_=digest(KEY[::-1], SUM[::-1], 2**32 - 1)))
+    ok("DIGEST of no messages",
+       mailbox(flags=DIGEST, digest_=digest(sum_=bytes(16), count=0)))
+    ok("SNAPSHOT with DIGEST",
+       mailbox([exists([])], flags=SNAPSHOT | DIGEST, frm=(0, 0, 0),
+               digest_=digest()))
+    ok("MESSAGES", mailbox([append(inline=BODY), append(2, copy=(GUID_B, 3))],
+                           flags=MESSAGES, frm=(0, 0, 0), to=(0, 0, 0)))
+    ok("MESSAGES, and MORE of them",
+       mailbox([append(inline=BODY)], flags=MESSAGES | MORE, frm=(0, 0, 0),
+               to=(0, 0, 0)))
+    ok("MESSAGES, all gone",
+       mailbox(flags=MESSAGES, frm=(0, 0, 0), to=(0, 0, 0)))
     ok("LIST CREATE", list_(CREATE, GUID_A, uid_validity=9, uid_next=1))
     ok("LIST CREATE_DIR has no GUID", list_(CREATE_DIR))
     ok("LIST DELETE of a mailbox", list_(DELETE, GUID_A))
@@ -589,11 +704,58 @@ def make_changes():
                      (GUID_B, "Archive\t2026", 3, 4)],
                     ["INBOX", "Shared\tbob"]))
     ok("TREE, empty", tree([], []))
+    ok("TREE to be compared", tree([(GUID_A, "INBOX", 1, 2)], ["INBOX"],
+                                   number=2**32 - 1))
+    ok("TREE to be compared, made equal, and told of",
+       tree([], [], number=1, flags=DEEP | EXPLAIN | REPAIR))
     ok("REQUEST for a mailbox", request())
     ok("REQUEST for the user", request(NO_GUID, "", 0))
+    ok("REQUEST for a mailbox from its beginning", request(uid_next=0))
+    ok("REQUEST for single messages",
+       request(uid_next=0, ranges=[(1, 1), (5, 9), (2**32 - 1, 2**32 - 1)]))
+    ok("REQUEST for single messages, of a mailbox whose name is not known",
+       request(name="", uid_next=0, ranges=[(1, 2**32 - 1)]))
     ok("SHARD_REQUEST", shard_change(SHARD_REQUEST))
     ok("SHARD_REQUEST, the largest shard", shard_change(SHARD_REQUEST, 255))
     ok("SHARD_SWEPT", shard_change(SHARD_SWEPT, 0, "a", 0))
+    ok("VERIFY", verify())
+    ok("VERIFY that nobody asked for, of no name",
+       verify(0, name="", uid_validity=0))
+    ok("VERIFY with everything",
+       verify(2**32 - 1, DEEP | EXPLAIN | REPAIR, GUID_B, "Archiv\tPrüfung",
+              2**32 - 1, digest(count=2**32 - 1)))
+    ok("VERIFIED: equal", verified())
+    ok("VERIFIED: different, and how",
+       verified(DIFFERENT, ["uid 5: flags", "uid 7: is not there"]))
+    ok("VERIFIED: repaired", verified(REPAIRED, messages=2**32 - 1))
+    ok("VERIFIED: the shortest texts", verified(DIFFERENT, ["a", "b", "c"]))
+    ok("VERIFIED: could not tell why, of the tree",
+       verified(UNKNOWN, ["Prüfung: mailbox is locked"], "node-1.b",
+                2**32 - 1, NO_GUID, 0))
+    data, text = verified(DIFFERENT, ["a" * 1000] + ["b"] * 99)
+    f.ok("VERIFIED: as many texts as may be, one as long as it may be",
+         "change", data[:-1000 - 99 * 2].hex() + " 61*1000 0162*99", text)
+    ok("COMPARE without ranges", compare())
+    ok("COMPARE",
+       compare([(1, 1, 1, SUM), (2, 100, 99, bytes(16)),
+                (200, 2**32 - 1, 0, SUM)], GUID_B, "Archiv\tPrüfung",
+               2**32 - 1, SUM))
+    ok("COMPARE: a range of all messages there can be",
+       compare([(1, 2**32 - 1, 2**32 - 1, SUM)], name="", number=0))
+    ok("COMPARED: all is equal", compared())
+    ok("COMPARED: finer ranges",
+       compared([(1, 50, 50, SUM), (51, 99, 1, SUM)]))
+    ok("COMPARED: messages",
+       compared((), [(1, 7), (9, 2**32 - 1)],
+                [compared_message(1),
+                 compared_message(7, 0x1f, ["$Junk", "b"]),
+                 compared_message(2**32 - 1, SEEN, ["a"], SUM)]))
+    ok("COMPARED: the shortest messages",
+       compared((), [(1, 3)], [compared_message(uid) for uid in (1, 2, 3)]))
+    ok("COMPARED: none of these messages is there", compared((), [(1, 7)]))
+    ok("COMPARED: the largest numbers, ranges and messages",
+       compared([(1, 1, 0, SUM)], [(5, 5)], [compared_message(5)], GUID_B,
+                2**32 - 1, 2**32 - 1, 2**32 - 1, 2**64 - 1))
     ok("SPOOL", spool(b"piece of a body", 131072))
     data, text = spool(b"a" * 131072)
     f.ok("SPOOL, the largest chunk", "change",
@@ -606,6 +768,185 @@ def make_changes():
     f.ok("the largest change", "change",
          data[:27].hex() + " 61*%d 08 00" % (4 * 1024 * 1024 - 29), text)
     return f
+
+
+def bad_verify(bad):
+    bad("VERIFY without a user", verify(user=""), "verify: user")
+    bad("VERIFY: number of 33 bits", verify(2**32), "verify: number")
+    bad("VERIFY: unknown flag", verify(flags=8), "verify: flags")
+    bad("VERIFY without GUID", verify(guid=NO_GUID), "verify: guid")
+    bad("VERIFY: name with a NUL", verify(name="a\0b"), "verify: name")
+    bad("VERIFY: uid_validity of 33 bits", verify(uid_validity=2**32),
+        "verify: uid_validity")
+    bad("VERIFY: digest of a count of 33 bits",
+        verify(digest_=digest(count=2**32)), "verify: count")
+    data = verify(digest_=digest(count=3))[0]
+    for size, field in ((1, "count"), (2, "digest"), (17, "digest"),
+                        (18, "key"), (33, "key"), (34, "uid_validity"),
+                        (39, "name"), (44, "name"), (45, "guid"),
+                        (61, "flags"), (62, "number")):
+        bad("VERIFY cut off, %d bytes from its end" % size, data[:-size],
+            "verify: %s is cut off" % field)
+    bad("VERIFY with a byte left over", data + b"\x00", "verify: end")
+
+
+def bad_verified(f, bad):
+    bad("VERIFIED without a user", verified(user=""), "verified: user")
+    bad("VERIFIED without node", verified(node=""), "verified: node")
+    bad("VERIFIED: a node of a wrong name", verified(node="B"),
+        "verified: node")
+    bad("VERIFIED: a node's name of 65 bytes", verified(node="b" * 65),
+        "verified: node")
+    bad("VERIFIED: number of 33 bits", verified(number=2**32),
+        "verified: number")
+    bad("VERIFIED: result 0", verified(0), "verified: result")
+    bad("VERIFIED: result of a newer version", verified(5), "verified: result")
+    bad("VERIFIED: messages of 33 bits", verified(messages=2**32),
+        "verified: messages")
+    for char in "\0\n\r\t\x1b\x1f\x7f":
+        for text in (char, "a" + char, char + "b", "a" + char + "b"):
+            bad("VERIFIED: text with a control character",
+                verified(UNKNOWN, ["fine", text]), "verified: text")
+    bad("VERIFIED: empty text", verified(UNKNOWN, [""]),
+        "verified: text")
+    bad("VERIFIED: empty text, and another", verified(UNKNOWN, ["", "ab"]),
+        "verified: text is empty")
+    f.bad("VERIFIED: text of 1001 bytes", "change",
+          verified()[0][:-1].hex() + " 01e907 61*1001",
+          "verified: text is too long")
+    f.bad("VERIFIED: 101 texts", "change",
+          verified()[0][:-1].hex() + " 65 0161*101",
+          "verified: texts are too many")
+    bad("VERIFIED: more texts than bytes left",
+        verified()[0][:-1] + num(2**32 - 1) + bstr("a"), "verified: texts")
+    data = verified(DIFFERENT, ["uid 5"])[0]
+    for size, field in ((1, "text"), (5, "text"), (7, "texts"),
+                        (8, "messages"), (9, "result"), (10, "guid"),
+                        (26, "number"), (27, "node"), (28, "node")):
+        bad("VERIFIED cut off, %d bytes from its end" % size, data[:-size],
+            "verified: " + field)
+    bad("VERIFIED with a byte left over", data + b"\x00", "verified: end")
+
+
+def bad_ranges(f, bad, kind, make):
+    """make: gives a change of these ranges and nothing behind them"""
+    kind = kind + ": "
+    what = kind.upper()
+
+    def raw(count, *parts):
+        return make()[0][:-1] + num(count) + b"".join(parts)
+
+    bad(what + "range from uid 0", make([(0, 5, 1, SUM)]), kind + "uid1")
+    bad(what + "range from a uid of 33 bits",
+        raw(1, num(2**32), num(0), num(0), SUM), kind + "uid1")
+    bad(what + "range past the last uid", make([(2, 2**32, 0, SUM)]),
+        kind + "ranges are not in order")
+    bad(what + "range of more than 32 bits",
+        raw(1, num(1), num(2**32), num(0), SUM), kind + "uid2")
+    bad(what + "ranges that meet", make([(1, 5, 1, SUM), (5, 6, 1, SUM)]),
+        kind + "ranges are not in order")
+    bad(what + "ranges that go down", make([(5, 5, 1, SUM), (1, 1, 1, SUM)]),
+        kind + "ranges are not in order")
+    bad(what + "a range after the last uid",
+        make([(5, 2**32 - 1, 1, SUM), (1, 1, 1, SUM)]),
+        kind + "ranges are not in order")
+    bad(what + "more messages than uids, one uid", make([(5, 5, 2, SUM)]),
+        kind + "count")
+    bad(what + "more messages than uids, many", make([(11, 20, 11, SUM)]),
+        kind + "count")
+    bad(what + "count of 33 bits", make([(1, 2**32 - 1, 2**32, SUM)]),
+        kind + "count")
+    bad(what + "sum cut off",
+        raw(1, num(2**31), num(0), num(1), SUM[:-1]), kind + "sum")
+    bad(what + "more ranges than bytes", raw(2, num(1), num(0), num(1), SUM),
+        kind + "ranges")
+    bad(what + "a count no machine has",
+        raw(2**64 - 1, num(1), num(0), num(1), SUM), kind + "ranges")
+    f.bad(what + "4097 ranges", "change",
+          raw(4097).hex() + " %s*4097" % (b"\1\0\1" + SUM).hex(),
+          kind + "ranges are too many")
+
+
+def bad_compare(f, bad):
+    bad("COMPARE without a user", compare(user=""), "compare: user")
+    bad("COMPARE without GUID", compare(guid=NO_GUID), "compare: guid")
+    bad("COMPARE: name with a NUL", compare(name="a\0b"), "compare: name")
+    bad("COMPARE: number of 33 bits", compare(number=2**32),
+        "compare: number")
+    data = compare()[0]
+    for size, field in ((1, "ranges"), (2, "key"), (17, "key"), (18, "number"),
+                        (19, "name"), (24, "name"), (25, "guid")):
+        bad("COMPARE cut off, %d bytes from its end" % size, data[:-size],
+            "compare: %s is cut off" % field)
+    bad_ranges(f, bad, "compare", compare)
+    bad("COMPARE with a byte left over",
+        compare([(1, 5, 1, SUM)])[0] + b"\x00", "compare: end")
+
+
+def bad_compared(f, bad):
+    bad("COMPARED without a user", compared(user=""), "compared: user")
+    bad("COMPARED without GUID", compared(guid=NO_GUID), "compared: guid")
+    bad("COMPARED: number of 33 bits", compared(number=2**32),
+        "compared: number")
+    bad("COMPARED: uid_validity of 33 bits", compared(uid_validity=2**32),
+        "compared: uid_validity")
+    bad("COMPARED: uid_next of 33 bits", compared(uid_next=2**32),
+        "compared: uid_next")
+    bad("COMPARED: highest_modseq of 65 bits",
+        compared(modseq=2**64), "compared: highest_modseq")
+    data = compared()[0]
+    for size, field in ((1, "messages"), (2, "uids"), (3, "ranges"),
+                        (4, "highest_modseq"), (5, "uid_next"),
+                        (6, "uid_validity"), (11, "number"), (12, "guid")):
+        bad("COMPARED cut off, %d bytes from its end" % size, data[:-size],
+            "compared: %s is cut off" % field)
+    # nothing is read behind ranges that are refused
+    bad_ranges(f, bad, "compared",
+               lambda ranges=(): (compared(ranges)[0][:-2], ""))
+    bad("COMPARED: more uids than bytes",
+        data[:-2] + num(2**32) + num(0) * 2, "compared: uids")
+    bad("COMPARED: a uid past the last",
+        data[:-2] + num(1) + num(2**32 - 1) + num(0) + num(0),
+        "compared: uids")
+
+    def message(*messages, uid_ranges=((1, 3), (5, 9))):
+        return compared((), uid_ranges, messages)
+
+    one = compared_message(5, SEEN, ["a"])
+    for size, field in ((1, "hash"), (16, "hash"), (17, "keywords"),
+                        (18, "keywords")):
+        bad("COMPARED: message cut off, %d bytes from its end" % size,
+            message(compared_message(5, SEEN, ["a" * 40]))[0][:-size],
+            "compared: " + field)
+    bad("COMPARED: message of uid 0", message(compared_message(0)),
+        "compared: uid is zero")
+    bad("COMPARED: message of a uid of 33 bits",
+        message(compared_message(2**32)), "compared: uid")
+    bad("COMPARED: message whose uid is none of uids",
+        message(compared_message(4)), "compared: uid is out of place")
+    bad("COMPARED: message behind uids", message(compared_message(10)),
+        "compared: uid is out of place")
+    bad("COMPARED: message without uids", message(one, uid_ranges=()),
+        "compared: uid is out of place")
+    bad("COMPARED: a message twice", message(one, one),
+        "compared: uid is out of place")
+    bad("COMPARED: messages that go down",
+        message(one, compared_message(3)), "compared: uid is out of place")
+    bad("COMPARED: \\Recent does not travel",
+        message(compared_message(5, 0x20)), "compared: flags")
+    bad("COMPARED: empty keyword", message(compared_message(5, 0, [""])),
+        "compared: keywords")
+    bad("COMPARED: keyword with a NUL",
+        message(compared_message(5, 0, ["\0"])), "compared: keywords")
+    bad("COMPARED: more keywords than bytes",
+        message()[0][:-1] + num(1) + num(5) + b"\0" + num(2**32 - 1) + HASH,
+        "compared: keywords")
+    bad("COMPARED: more messages than bytes",
+        message()[0][:-1] + num(2) + one[0], "compared: messages")
+    bad("COMPARED: a count no machine has",
+        message()[0][:-1] + num(2**64 - 1) + one[0], "compared: messages")
+    bad("COMPARED with a byte left over", message(one)[0] + b"\x00",
+        "compared: end")
 
 
 def make_refused_changes():
@@ -640,8 +981,47 @@ def make_refused_changes():
     bad("MAILBOX: file_offset of 33 bits", mailbox(to=(1, 1, 2**32)),
         "mailbox change: to")
     bad("MAILBOX: unknown flag", mailbox(flags=16), "mailbox change: flags")
-    bad("MAILBOX: MORE goes with SNAPSHOT only", mailbox(flags=MORE),
+    bad("MAILBOX: MORE goes with SNAPSHOT and MESSAGES only",
+        mailbox(flags=MORE), "mailbox change: flags")
+    bad("MAILBOX: MORE does not go with DIGEST alone",
+        mailbox(flags=MORE | DIGEST, digest_=digest()),
         "mailbox change: flags")
+    dig = mailbox(flags=DIGEST, digest_=digest())[0]
+    bad("MAILBOX: DIGEST is missing", mailbox(flags=DIGEST),
+        "mailbox change: key")
+    bad("MAILBOX: DIGEST cut off in its key", dig[:-18],
+        "mailbox change: key")
+    bad("MAILBOX: DIGEST cut off in its sum", dig[:-2],
+        "mailbox change: digest")
+    bad("MAILBOX: DIGEST cut off before its count", dig[:-1],
+        "mailbox change: count")
+    bad("MAILBOX: DIGEST of a count of 33 bits",
+        mailbox(flags=DIGEST, digest_=digest(count=2**32)),
+        "mailbox change: count")
+    bad("MAILBOX: DIGEST without its flag: no op begins so",
+        mailbox(digest_=digest()), "mailbox change: op 1: type")
+    zero = {"frm": (0, 0, 0), "to": (0, 0, 0)}
+    bad("MESSAGES are no SNAPSHOT", mailbox(flags=MESSAGES | SNAPSHOT, **zero),
+        "mailbox change: flags")
+    bad("MESSAGES have no DIGEST",
+        mailbox(flags=MESSAGES | DIGEST, digest_=digest(), **zero),
+        "mailbox change: flags")
+    for pos in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):
+        bad("MESSAGES have no position before",
+            mailbox(flags=MESSAGES, frm=pos, to=(0, 0, 0)),
+            "mailbox change: to")
+        bad("MESSAGES have no position",
+            mailbox(flags=MESSAGES, frm=(0, 0, 0), to=pos),
+            "mailbox change: to")
+    for op, name in ((flags(SEEN, 0, [(7, 7)]), "flags"),
+                     (keyword_add("a", [(7, 7)]), "keyword_add"),
+                     (keyword_remove("a", [(7, 7)]), "keyword_remove"),
+                     (keyword_reset([(7, 7)]), "keyword_reset"),
+                     (expunge([(7, 7)]), "expunge"),
+                     (exists([(7, 7)]), "exists")):
+        bad("MESSAGES have no op but APPEND: " + name,
+            mailbox([append(inline=BODY), op], flags=MESSAGES, **zero),
+            "mailbox change: %s 2: type" % name)
     bad("SNAPSHOT with a position before", mailbox(flags=SNAPSHOT),
         "mailbox change: from")
     bad("SNAPSHOT whose first op is not EXISTS",
@@ -732,11 +1112,36 @@ def make_refused_changes():
         head(3, "u") + num(0) + num(2**64 - 1), "tree change: subscriptions")
     bad("TREE: subscription cut off", tree([], ["INBOX"])[0][:-3],
         "tree change: subscription")
+    bad("TREE without number", tree([], [])[0][:-2], "tree change: number")
+    bad("TREE: number of 33 bits", tree([], [], number=2**32),
+        "tree change: number")
+    bad("TREE without flags", tree([], [], number=1)[0][:-1],
+        "tree change: flags")
+    bad("TREE: unknown flag", tree([], [], number=1, flags=8),
+        "tree change: flags has unknown bits")
+    for flag in (DEEP, EXPLAIN, REPAIR):
+        bad("TREE: flags for nobody", tree([], [], flags=flag),
+            "tree change: flags are given without number")
     bad("TREE with a byte left over", tree([], [])[0] + b"\x00",
         "tree change: end")
     bad("REQUEST with a name and no GUID", request(NO_GUID, "INBOX"),
         "request: name")
     bad("REQUEST cut off", request()[0][:-2], "request: uid_next")
+    bad("REQUEST cut off before its uids", request()[0][:-1], "request: uids")
+    bad("REQUEST with uids cut off",
+        request(uid_next=0, ranges=[(1, 7)])[0][:-1], "request: uids")
+    bad("REQUEST with more uids than bytes",
+        request(uid_next=0)[0][:-1] + num(2**32) + num(0) * 2,
+        "request: uids")
+    bad("REQUEST with a uid past the last",
+        request(uid_next=0)[0][:-1] + num(1) + num(2**32 - 1) + num(0),
+        "request: uids")
+    bad("REQUEST for single messages, and what follows",
+        request(uid_next=1, ranges=[(1, 1)]), "request: uids")
+    bad("REQUEST for single messages of no mailbox",
+        request(NO_GUID, "", 0, [(1, 1)]), "request: uids")
+    bad("REQUEST with a byte left over",
+        request(uid_next=0, ranges=[(1, 1)])[0] + b"\x00", "request: end")
     bad("SHARD_REQUEST with a user", shard_change(SHARD_REQUEST, user="u"),
         "shard change: user")
     bad("SHARD_REQUEST without a node", shard_change(SHARD_REQUEST, node=""),
@@ -749,6 +1154,10 @@ def make_refused_changes():
         "shard change: number")
     bad("SHARD_SWEPT with a byte left over",
         shard_change(SHARD_SWEPT)[0] + b"\x00", "shard change: end")
+    bad_verify(bad)
+    bad_verified(f, bad)
+    bad_compare(f, bad)
+    bad_compared(f, bad)
     bad("SPOOL without data", spool(b""), "spool chunk: data")
     bad("SPOOL cut off in its id", spool(b"")[0][:-5], "spool chunk: id")
     bad("SPOOL: data past the end of numbers", spool(b"ab", 2**64 - 2),
@@ -1064,6 +1473,82 @@ Entries, refused. As entries.txt; after the ! stands the name of the outcome
     return f
 
 
+def make_digests():
+    f = File("""\
+Digests; see dovetail-digest.h. All outcomes are 16 bytes, BYTES are
+  message    the body, which may come in any pieces
+  keywords   a message's keywords, each ended by 00
+  element    keywords and message
+  sum        numbers, to be added""")
+
+    def message(rule, body, guid=GUID_A, received=1700000000):
+        f.ok(rule, "message guid=%s received_date=%d" % (guid.hex(), received),
+             body, message_hash(guid, received, body).hex())
+
+    message("an empty body", b"")
+    message("LF stays LF", b"Subject: a\n\nbody\n")
+    message("CRLF counts as LF: the same hash", b"Subject: a\r\n\r\nbody\r\n")
+    message("and where only some are CRLF", b"Subject: a\r\n\nbody\r\n")
+    message("another body", b"Subject: b\n\nbody\n")
+    message("another GUID", b"Subject: a\n\nbody\n", GUID_B)
+    message("another date", b"Subject: a\n\nbody\n", received=1700000001)
+    message("dates before 1970 are negative", b"\n", received=-1)
+    message("the first date", b"\n", received=-2**63)
+    message("the last date", b"\n", received=2**63 - 1)
+    for body in (b"\r", b"\n", b"\r\n", b"\n\r", b"\r\r", b"\r\r\n",
+                 b"\r\r\r\n", b"\r\n\r", b"\r\n\r\n", b"a\rb", b"a\r\nb\r",
+                 b"a\r\r\nb"):
+        message("a CR goes only at a LF", body)
+    message("bytes of all values", bytes(range(256)))
+    message("more than one block of BLAKE2b",
+            b"".join(b"line %d\r\n" % i for i in range(100)))
+
+    def keywords(rule, *names):
+        f.ok(rule, "keywords", b"".join(n.encode() + b"\0" for n in names),
+             keyword_sum(names).hex())
+
+    keywords("no keywords")
+    keywords("one keyword", "$label1")
+    keywords("its case does not count", "$LaBeL1")
+    keywords("only A to Z have a case", "ÄÖÜ@[ÁX")
+    keywords("several", "$Forwarded", "NonJunk", "work")
+    keywords("in another order", "work", "NonJunk", "$Forwarded")
+    keywords("as many as make the sum carry", *("k%d" % i for i in range(20)))
+
+    def el(rule, key, uid, flags_, kw, message_):
+        f.ok(rule, "element key=%s uid=%d flags=%d" % (key.hex(), uid, flags_),
+             kw + message_, element(key, uid, flags_, kw, message_).hex())
+
+    el("nothing but zeros", bytes(16), 1, 0, bytes(16), bytes(16))
+    el("one of each", KEY, 7, SEEN, SUM, HASH)
+    el("another key", KEY[::-1], 7, SEEN, SUM, HASH)
+    el("another uid", KEY, 8, SEEN, SUM, HASH)
+    el("other flags", KEY, 7, SEEN | FLAGGED, SUM, HASH)
+    el("other keywords", KEY, 7, SEEN, SUM[::-1], HASH)
+    el("another message", KEY, 7, SEEN, SUM, HASH[::-1])
+    el("the last uid, all flags", KEY, 2**32 - 1, 0x1f, SUM, HASH)
+    el("uid's bytes", KEY, 0x01020304, 0x1f, SUM, HASH)
+
+    def total(rule, *numbers):
+        numbers = [n if isinstance(n, bytes) else n.to_bytes(16, "little")
+                   for n in numbers]
+        f.ok(rule, "sum", b"".join(numbers), add_128(numbers).hex())
+
+    total("of nothing")
+    total("little-endian", SUM)
+    total("a carry from byte to byte", 0xff, 1)
+    total("a carry between the halves", 2**64 - 1, 1)
+    total("both halves full", 2**64 - 1, 2**64 - 1)
+    total("modulo 2^128", 2**128 - 1, 1)
+    total("twice the largest", 2**128 - 1, 2**128 - 1)
+    total("a carry that comes and goes", 2**127, 2**127, 2**64 - 1, 2**64 - 1)
+    total("a mailbox: its elements",
+          *(element(KEY, uid, uid % 32, keyword_sum(["k%d" % uid]),
+                    message_hash(GUID_A, uid, b"body %d\n" % uid))
+            for uid in range(1, 21)))
+    return f
+
+
 def make_acks():
     f = File("The payload of acks.")
     f.ok("nothing yet", "ack", *ack(0, 0, 0, 0))
@@ -1103,7 +1588,8 @@ def main():
                        ("changes-refused", make_refused_changes),
                        ("entries", make_entries),
                        ("entries-refused", make_refused_entries),
-                       ("acks", make_acks)):
+                       ("acks", make_acks),
+                       ("digests", make_digests)):
         make().write(os.path.join(directory, name + ".txt"))
 
 
