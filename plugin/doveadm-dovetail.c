@@ -62,6 +62,12 @@ static bool has_args(const struct doveadm_cmd_context *cctx)
 	return doveadm_cmd_param_array(cctx, "args", &args);
 }
 
+static void settings_error(const char *error)
+{
+	i_error("%s%s", error, dovetail_compat_doveadm_settings_hint());
+	doveadm_exit_code = EX_CONFIG;
+}
+
 /* Says what is wrong when it returns -1. */
 static int
 doveadm_settings_read(struct dovetail_settings *set_r)
@@ -69,8 +75,7 @@ doveadm_settings_read(struct dovetail_settings *set_r)
 	const char *error;
 
 	if (dovetail_compat_doveadm_settings_read(set_r, &error) < 0) {
-		i_error("%s", error);
-		doveadm_exit_code = EX_CONFIG;
+		settings_error(error);
 		return -1;
 	}
 	return 0;
@@ -93,21 +98,21 @@ static void cmd_dovetail_keygen(struct doveadm_cmd_context *cctx)
 	   it depends on must be there already. */
 	node = dovetail_compat_doveadm_setting(NULL, "dovetail_node");
 	if (node == NULL || !dovetail_node_name_is_valid(node)) {
-		i_error("dovetail_node: %s: it must be this node's name, "
+		settings_error(t_strdup_printf(
+			"dovetail_node: %s: it must be this node's name, "
 			"1 to %d of a-z 0-9 . -",
 			node == NULL || *node == '\0' ? "Not set" :
 			t_strdup_printf("'%s'", str_sanitize(node, 128)),
-			DOVETAIL_NODE_NAME_MAX);
-		doveadm_exit_code = EX_CONFIG;
+			DOVETAIL_NODE_NAME_MAX));
 		return;
 	}
 	key_dir = dovetail_compat_doveadm_setting(NULL, "dovetail_key_dir");
 	if (key_dir == NULL || *key_dir == '\0')
 		key_dir = DOVETAIL_KEY_DIR_DEFAULT;
 	else if (*key_dir != '/') {
-		i_error("dovetail_key_dir: '%s' does not begin with /",
-			str_sanitize(key_dir, 128));
-		doveadm_exit_code = EX_CONFIG;
+		settings_error(t_strdup_printf(
+			"dovetail_key_dir: '%s' does not begin with /",
+			str_sanitize(key_dir, 128)));
 		return;
 	}
 	key = t_strdup_printf("%s/%s.key", key_dir, node);
