@@ -568,6 +568,23 @@ tree_subscriptions(struct tree *tree, const char **error_r)
 	return result;
 }
 
+/* There is a mailbox below this name. Then the name is there, too; making it
+   would turn it into a mailbox in Maildir++. */
+static bool
+tree_has_child(const struct dovetail_change_tree *change, const char *name)
+{
+	const struct dovetail_tree_mailbox *tm;
+	size_t len = strlen(name);
+
+	array_foreach(&change->mailboxes, tm) {
+		if (!guid_128_is_empty(tm->guid) &&
+		    strncmp(tm->name, name, len) == 0 &&
+		    tm->name[len] == DOVETAIL_NAME_SEP)
+			return TRUE;
+	}
+	return FALSE;
+}
+
 enum replay_result
 replay_tree(struct replay_user *user, const char *origin,
 	    const struct dovetail_change_tree *change, const char **error_r)
@@ -599,9 +616,9 @@ replay_tree(struct replay_user *user, const char *origin,
 		if (result == REPLAY_DONE && !guid_128_is_empty(tm->guid))
 			result = tree_place(&tree, tm, error_r);
 	}
-	/* parents are there by now, most of them */
 	array_foreach(&change->mailboxes, tm) {
-		if (result == REPLAY_DONE && guid_128_is_empty(tm->guid))
+		if (result == REPLAY_DONE && guid_128_is_empty(tm->guid) &&
+		    !tree_has_child(change, tm->name))
 			result = list_create_dir(tree.user, tm->name, error_r);
 	}
 	if (result == REPLAY_DONE)
