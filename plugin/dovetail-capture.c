@@ -843,6 +843,24 @@ static int capture_answer(struct capture *c, dovetail_capture_answer_t *answer,
 	return capture_send_encoded(c) < 0 ? -1 : 1;
 }
 
+/* We are new to a user as primary: nobody has been told of the subscriptions and
+   of mailboxes without messages. In this process, because Dovecot may refuse to
+   create a mailbox while another process looks at it. */
+static void capture_new_user(struct dovetail_user *duser)
+{
+	const char *error;
+
+	/* the sweep has the tree, too */
+	if (duser->replaying || duser->unclean)
+		return;
+	if (dovetail_plugin_capture_tree(duser->user, &error) < 0) {
+		dovetail_queue_client_note(duser->client, duser->event, error);
+		duser->unclean = TRUE;
+		dovetail_queue_client_sweep(duser->client,
+					    duser->user->username);
+	}
+}
+
 /* Returns 0, or -1 and error_r (data stack): what could not be queued is noted. */
 static int capture_run(struct mailbox *box, enum dovetail_capture_trigger trigger,
 		       dovetail_capture_answer_t *answer, void *context,
@@ -897,6 +915,8 @@ static int capture_run(struct mailbox *box, enum dovetail_capture_trigger trigge
 	dbox->seen = end;
 	capture_deinit(&c);
 	array_free(&dbox->hints);
+	if (!have_pos && box->inbox_user)
+		capture_new_user(dbox->duser);
 	return ret < 0 ? -1 : 0;
 }
 
