@@ -20,8 +20,6 @@ struct dovetail_ext_header {
 };
 #define DOVETAIL_EXT_QUEUED_OFFSET \
 	offsetof(struct dovetail_ext_header, queued_index_id)
-#define DOVETAIL_EXT_APPLIED_OFFSET \
-	offsetof(struct dovetail_ext_header, applied_index_id)
 
 void dovetail_origin_id(const char *node, uint8_t id_r[DOVETAIL_ORIGIN_ID_SIZE])
 {
@@ -128,7 +126,5 @@ void dovetail_position_update_applied(struct mail_index *index,
 	hdr.applied_file_offset = applied->file_offset;
 	memcpy(hdr.origin, origin, sizeof(hdr.origin));
 	mail_index_update_header_ext(trans, dovetail_ext_register(index),
-				     DOVETAIL_EXT_APPLIED_OFFSET,
-				     &hdr.applied_index_id,
-				     sizeof(hdr) - DOVETAIL_EXT_APPLIED_OFFSET);
+				     0, &hdr, sizeof(hdr));
 }

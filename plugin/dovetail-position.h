@@ -46,7 +46,10 @@ int dovetail_position_set_queued(struct mailbox *box,
 				 const struct dovetail_log_pos *queued,
 				 struct dovetail_mailbox_digest *md,
 				 const char **error_r);
-/* Make applied (and origin) part of the transaction that applies a change. */
+/* Make applied (and origin) part of the transaction that applies a change. What
+   this node has queued as the primary does not count any more: when it is the
+   primary again it begins with a snapshot, so that nobody's MODSEQs are behind
+   those that the replay has raised here. */
 void dovetail_position_update_applied(struct mail_index *index,
 				      struct mail_index_transaction *trans,
 				      const struct dovetail_log_pos *applied,
