@@ -745,10 +745,12 @@ def wait_equal(user, primary, replica, timeout=PATIENCE, bodies=True,
 class Cluster:
     """formats: mail format per node; nodes are named a, b, c, ... and a is
     the default primary. settings: dovetail's for all nodes; node_options:
-    {name: Node arguments}; redis: arguments for Redis."""
+    {name: Node arguments}; redis: arguments for Redis; users: how many to
+    prepare."""
 
     def __init__(self, formats=("sdbox", "sdbox"), settings=(), redis=(),
-                 node_options=(), plugin=not PLAIN, start=True, **options):
+                 node_options=(), plugin=not PLAIN, start=True, users=USERS,
+                 **options):
         self.dir = tempfile.mkdtemp(prefix="dt-", dir="/tmp")
         os.chmod(self.dir, 0o755)
         self.expected = []
@@ -768,7 +770,7 @@ class Cluster:
         if PLAIN == "same":
             self.b = self.c = self.a
         # users that exist from the start cost no waiting
-        self.prepared = ["u%d" % n for n in range(1, USERS + 1)]
+        self.prepared = ["u%d" % n for n in range(1, users + 1)]
         account = pwd.getpwnam(MAIL_USER)
         for node in self.nodes:
             for name in self.prepared:
