@@ -219,25 +219,22 @@ dovetail_compat_namespace_is_foreign(const struct mail_namespace *ns)
 
 #include <sys/stat.h>
 
-/* What to say behind an error in settings, "" if nothing: doveadm of 2.4 gets
+/* What to say behind an error in settings, "" if nothing: doveadm as root gets
    them from the Dovecot that runs, if there is one, and so does not see what has
    changed in the files since, unless -c names them. */
 static inline const char *dovetail_compat_doveadm_settings_hint(void)
 {
-#if DOVETAIL_DOVECOT_24
 	struct stat st;
 
-	if (!master_service->config_path_changed_with_param &&
+	if (master_service->config_path_changed_with_param ||
 	    stat(t_strconcat(doveadm_settings->base_dir, "/config", NULL),
-		 &st) == 0 && S_ISSOCK(st.st_mode)) {
-		return t_strdup_printf(
-			" (so in the running Dovecot: \"doveadm -c %s ...\" reads"
-			" what has changed since, \"doveadm reload\" lets Dovecot"
-			" read it, too)",
-			master_service_get_config_path(master_service));
-	}
-#endif
-	return "";
+		 &st) < 0 || !S_ISSOCK(st.st_mode))
+		return "";
+	return t_strdup_printf(
+		" (so in the running Dovecot: \"doveadm -c %s ...\" reads"
+		" what has changed since, \"doveadm reload\" lets Dovecot"
+		" read it, too)",
+		master_service_get_config_path(master_service));
 }
 
 /* A setting for commands that are not about a user; NULL when it is not set, or
