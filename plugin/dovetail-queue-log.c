@@ -386,6 +386,22 @@ void dovetail_queue_log_wait_applied(struct dovetail_queue_log *log,
 
 /* ---- sending ---- */
 
+static int log_write_state(struct dovetail_queue_log *log)
+{
+	struct dovetail_queue_state state = {
+		.sent = log->sent,
+		.stored = log->stored,
+	};
+	const char *error;
+
+	if (dovetail_queue_state_write(&log->state_file, &state, &error) < 0) {
+		log_set_error(log, &log->error, "Writing the log's state",
+			      error);
+		return -1;
+	}
+	return 0;
+}
+
 static void group_stored(struct dovetail_queue_group *group)
 {
 	struct dovetail_queue_log *log = group->log;
@@ -393,6 +409,9 @@ static void group_stored(struct dovetail_queue_group *group)
 	struct dovetail_queue_waiter *waiter;
 
 	log->stored = group->chain;
+	/* Before anybody relies on it: if Redis loses the entry then, the next
+	   service must notice. */
+	(void)log_write_state(log);
 	dovetail_queue_backlog_add(log->backlog, &id, &id, 1,
 				   group->entry_size, group->time_usecs);
 	group_positions_done(group, TRUE);
@@ -491,7 +510,7 @@ static void group_send(struct dovetail_queue_group *group)
 	struct dovetail_entry_head head;
 	struct dovetail_queue_id id;
 	struct timeval now;
-	const char *argv[5], *error;
+	const char *argv[5];
 	size_t argv_len[5];
 	unsigned int i;
 
@@ -517,13 +536,10 @@ static void group_send(struct dovetail_queue_group *group)
 	group->ticks = 0;
 	log->last_append = ioloop_time;
 
-	if (dovetail_queue_state_write(&log->state_file, &log->sent,
-				       &error) < 0) {
+	if (log_write_state(log) < 0) {
 		/* Without it a restart could use this number twice. */
 		memcpy(log->sent.hash, log->stored.hash,
 		       sizeof(log->sent.hash));
-		log_set_error(log, &log->error, "Writing the log's state",
-			      error);
 		group_failed(group, "The queue cannot write its state");
 		return;
 	}
@@ -677,6 +693,26 @@ static void log_sync_delete(struct dovetail_queue_log *log)
 				"DEL", log->key, NULL);
 }
 
+/* What the process before us sent last may have arrived without its noticing, or
+   never, in which case nobody was told that it had. */
+static void log_sync_unsure(struct dovetail_queue_log *log)
+{
+	if (log_sync_last_is(log, &log->sent)) {
+		log->stored = log->sent;
+		return;
+	}
+	if (log_sync_is_known(log)) {
+		e_info(log->event, "The last entry sealed before the service "
+		       "ended is not in Redis: The users it was about are "
+		       "swept");
+		/* its number is used up: it may come still */
+		log_new_generation(log);
+		return;
+	}
+	/* what is missing shows in the next entry */
+	log->stored = log->sent;
+}
+
 static void log_synced(struct dovetail_queue_log *log)
 {
 	struct dovetail_queue_group *group = log->inflight;
@@ -703,6 +739,8 @@ static void log_synced(struct dovetail_queue_log *log)
 		group_stored(group);
 		group = NULL;
 	}
+	if (!log->synced_once && log->state_valid)
+		log_sync_unsure(log);
 	as_known = log_sync_is_known(log);
 	if (group != NULL) {
 		/* Sent, and it did not arrive, or not yet. Its ID must stay
@@ -1039,6 +1077,7 @@ int dovetail_queue_log_init(struct dovetail_queue *queue,
 			    struct dovetail_queue_log *log, unsigned int shard,
 			    const char **error_r)
 {
+	struct dovetail_queue_state state;
 	const char *path;
 
 	log->queue = queue;
@@ -1055,12 +1094,13 @@ int dovetail_queue_log_init(struct dovetail_queue *queue,
 	log->last_append = ioloop_time;
 
 	path = t_strdup_printf("%s/log.%u", queue->set.state_dir, shard);
-	if (dovetail_queue_state_open(path, &log->state_file, &log->sent,
+	if (dovetail_queue_state_open(path, &log->state_file, &state,
 				      &log->state_valid, error_r) < 0)
 		return -1;
+	log->sent = state.sent;
+	log->stored = state.stored;
 	if (log->sent.epoch < EPOCH_FIRST)
-		log->sent.epoch = EPOCH_FIRST;
-	log->stored = log->sent;
+		log->sent.epoch = log->stored.epoch = EPOCH_FIRST;
 	return 0;
 }
 

@@ -156,10 +156,10 @@ struct dovetail_queue_log {
 	struct timeval state_since;
 
 	struct dovetail_queue_state_file state_file;
-	/* the last entry sealed: what the state file says */
+	/* the last entry sealed */
 	struct dovetail_chain sent;
 	/* the last entry that is known to be in the stream; the next one's
-	   prev */
+	   prev. The state file has both. */
 	struct dovetail_chain stored;
 	bool state_valid, synced_once;
 

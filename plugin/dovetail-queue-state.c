@@ -12,11 +12,11 @@
 #include <fcntl.h>
 #include <unistd.h>
 
-#define STATE_MAGIC "DVTLLOG1"
+#define STATE_MAGIC "DVTLLOG2"
 #define STATE_MAGIC_SIZE 8
+#define STATE_ID_SIZE (2 * 8 + DOVETAIL_HASH_SIZE)
 #define STATE_SUM_SIZE 16
-#define STATE_SIZE (STATE_MAGIC_SIZE + 3 * 8 + DOVETAIL_HASH_SIZE + \
-		    STATE_SUM_SIZE)
+#define STATE_SIZE (STATE_MAGIC_SIZE + 8 + 2 * STATE_ID_SIZE + STATE_SUM_SIZE)
 
 /* file systems allow 255 bytes */
 #define MARK_NAME_MAX_LEN 200
@@ -25,39 +25,57 @@
 
 /* ---- the chain ---- */
 
-static void state_encode(const struct dovetail_chain *chain,
+static void state_put_chain(const struct dovetail_chain *chain,
+			    unsigned char data[STATE_ID_SIZE])
+{
+	cpu64_to_be_unaligned(chain->generation, data);
+	cpu64_to_be_unaligned(chain->seq, data + 8);
+	memcpy(data + 16, chain->hash, DOVETAIL_HASH_SIZE);
+}
+
+static void state_get_chain(const unsigned char data[STATE_ID_SIZE],
+			    uint64_t epoch, struct dovetail_chain *chain_r)
+{
+	chain_r->epoch = epoch;
+	chain_r->generation = be64_to_cpu_unaligned(data);
+	chain_r->seq = be64_to_cpu_unaligned(data + 8);
+	memcpy(chain_r->hash, data + 16, DOVETAIL_HASH_SIZE);
+}
+
+static void state_encode(const struct dovetail_queue_state *state,
 			 unsigned char data[STATE_SIZE])
 {
 	unsigned char *p = data;
 
 	memcpy(p, STATE_MAGIC, STATE_MAGIC_SIZE);
 	p += STATE_MAGIC_SIZE;
-	cpu64_to_be_unaligned(chain->epoch, p);
-	cpu64_to_be_unaligned(chain->generation, p + 8);
-	cpu64_to_be_unaligned(chain->seq, p + 16);
-	memcpy(p + 24, chain->hash, DOVETAIL_HASH_SIZE);
-	p += 24 + DOVETAIL_HASH_SIZE;
+	cpu64_to_be_unaligned(state->sent.epoch, p);
+	p += 8;
+	state_put_chain(&state->sent, p);
+	p += STATE_ID_SIZE;
+	state_put_chain(&state->stored, p);
+	p += STATE_ID_SIZE;
 	crypto_generichash(p, STATE_SUM_SIZE, data, p - data, NULL, 0);
 }
 
 static bool state_decode(const unsigned char data[STATE_SIZE],
-			 struct dovetail_chain *chain_r)
+			 struct dovetail_queue_state *state_r)
 {
 	unsigned char check[STATE_SIZE];
 	const unsigned char *p = data + STATE_MAGIC_SIZE;
+	uint64_t epoch = be64_to_cpu_unaligned(p);
 
-	chain_r->epoch = be64_to_cpu_unaligned(p);
-	chain_r->generation = be64_to_cpu_unaligned(p + 8);
-	chain_r->seq = be64_to_cpu_unaligned(p + 16);
-	memcpy(chain_r->hash, p + 24, DOVETAIL_HASH_SIZE);
-	state_encode(chain_r, check);
+	p += 8;
+	state_get_chain(p, epoch, &state_r->sent);
+	state_get_chain(p + STATE_ID_SIZE, epoch, &state_r->stored);
+	state_encode(state_r, check);
 	return memcmp(check, data, STATE_SIZE) == 0;
 }
 
 int dovetail_queue_state_open(const char *path,
 			      struct dovetail_queue_state_file *file_r,
-			      struct dovetail_chain *chain_r, bool *valid_r,
-			      const char **error_r)
+			      struct dovetail_queue_state *state_r,
+			      bool *valid_r, const char **error_r)
 {
 	unsigned char data[STATE_SIZE];
 	ssize_t ret;
@@ -75,23 +93,23 @@ int dovetail_queue_state_open(const char *path,
 		i_close_fd(&fd);
 		return -1;
 	}
-	if (ret == (ssize_t)sizeof(data) && state_decode(data, chain_r))
+	if (ret == (ssize_t)sizeof(data) && state_decode(data, state_r))
 		*valid_r = TRUE;
 	else
-		i_zero(chain_r);
+		i_zero(state_r);
 	file_r->path = i_strdup(path);
 	file_r->fd = fd;
 	return 0;
 }
 
 int dovetail_queue_state_write(struct dovetail_queue_state_file *file,
-			       const struct dovetail_chain *chain,
+			       const struct dovetail_queue_state *state,
 			       const char **error_r)
 {
 	unsigned char data[STATE_SIZE];
 	ssize_t ret;
 
-	state_encode(chain, data);
+	state_encode(state, data);
 	ret = pwrite(file->fd, data, sizeof(data), 0);
 	if (ret == (ssize_t)sizeof(data))
 		return 0;

@@ -5,18 +5,23 @@
 
      lock           held while the service runs: after a reload the old process
                     finishes before the new one starts
-     log.SHARD      the last entry that was (or was about to be) sent to Redis
+     log.SHARD      the last entry that was (or was about to be) sent to Redis,
+                    and the last one that Redis has said to have
      dirty/NAME     this user may have something that is not queued
 
-   log.SHARD is one record, big-endian, written in place before each XADD:
+   log.SHARD is one record, big-endian, written in place before each XADD and
+   before anybody is told that it is done:
 
      offset size
-          0    8  "DVTLLOG1"
+          0    8  "DVTLLOG2"
           8    8  epoch
-         16    8  generation
-         24    8  seq
-         32   32  hash of the entry
-         64   16  BLAKE2b-128 of the bytes before
+         16    8  sent: generation
+         24    8        seq
+         32   32        hash of the entry
+         64    8  stored: generation
+         72    8          seq
+         80   32          hash of the entry
+        112   16  BLAKE2b-128 of the bytes before
 
    Nothing here is synced to disk. If the machine dies, a lost or stale
    record makes the log start a new generation, and a lost mark leaves the
@@ -29,15 +34,20 @@ struct dovetail_queue_state_file {
 	int fd;
 };
 
-/* Open or create the file and read its chain. A file that is empty or does not
-   have a record of ours gives a 0-0 chain, and valid_r FALSE.
+/* Both are of one epoch. */
+struct dovetail_queue_state {
+	struct dovetail_chain sent, stored;
+};
+
+/* Open or create the file and read its record. A file that is empty or does not
+   have a record of ours gives 0-0 twice, and valid_r FALSE.
    Returns 0, or -1 and error_r (data stack). */
 int dovetail_queue_state_open(const char *path,
 			      struct dovetail_queue_state_file *file_r,
-			      struct dovetail_chain *chain_r, bool *valid_r,
-			      const char **error_r);
+			      struct dovetail_queue_state *state_r,
+			      bool *valid_r, const char **error_r);
 int dovetail_queue_state_write(struct dovetail_queue_state_file *file,
-			       const struct dovetail_chain *chain,
+			       const struct dovetail_queue_state *state,
 			       const char **error_r);
 void dovetail_queue_state_close(struct dovetail_queue_state_file *file);
 

@@ -17,7 +17,8 @@ static char dir[] = "/tmp/dovetail-test-XXXXXX";
 static void test_chain(void)
 {
 	struct dovetail_queue_state_file file;
-	struct dovetail_chain chain, read;
+	struct dovetail_queue_state state, read;
+	struct dovetail_chain *chain = &state.sent;
 	const char *error, *path = t_strconcat(dir, "/log.0", NULL);
 	unsigned char byte;
 	bool valid;
@@ -27,23 +28,23 @@ static void test_chain(void)
 	test_begin("queue state: chain");
 	test_assert(dovetail_queue_state_open(path, &file, &read, &valid,
 					      &error) == 0);
-	test_assert(!valid && read.generation == 0 && read.seq == 0);
-	i_zero(&chain);
-	chain.epoch = 1;
-	chain.generation = 1700000000;
-	chain.seq = 0x123456789abcULL;
-	memset(chain.hash, 0xab, sizeof(chain.hash));
-	test_assert(dovetail_queue_state_write(&file, &chain, &error) == 0);
-	chain.seq++;
-	test_assert(dovetail_queue_state_write(&file, &chain, &error) == 0);
+	test_assert(!valid && read.sent.generation == 0 && read.sent.seq == 0 &&
+		    read.stored.generation == 0 && read.stored.seq == 0);
+	i_zero(&state);
+	chain->epoch = 1;
+	chain->generation = 1700000000;
+	chain->seq = 0x123456789abcULL;
+	memset(chain->hash, 0xab, sizeof(chain->hash));
+	test_assert(dovetail_queue_state_write(&file, &state, &error) == 0);
+	state.stored = state.sent;
+	chain->seq++;
+	memset(chain->hash, 0xcd, sizeof(chain->hash));
+	test_assert(dovetail_queue_state_write(&file, &state, &error) == 0);
 	dovetail_queue_state_close(&file);
 
 	test_assert(dovetail_queue_state_open(path, &file, &read, &valid,
 					      &error) == 0);
-	test_assert(valid && read.epoch == chain.epoch &&
-		    read.generation == chain.generation &&
-		    read.seq == chain.seq &&
-		    memcmp(read.hash, chain.hash, sizeof(read.hash)) == 0);
+	test_assert(valid && memcmp(&read, &state, sizeof(read)) == 0);
 	dovetail_queue_state_close(&file);
 
 	/* any byte that is wrong makes it invalid */
@@ -53,12 +54,12 @@ static void test_chain(void)
 		byte ^= 1;
 		test_assert_idx(pwrite(fd, &byte, 1, pos) == 1, pos);
 		test_assert_idx(dovetail_queue_state_open(path, &file, &read,
-			&valid, &error) == 0 && !valid && read.seq == 0, pos);
+			&valid, &error) == 0 && !valid && read.sent.seq == 0, pos);
 		dovetail_queue_state_close(&file);
 		byte ^= 1;
 		test_assert_idx(pwrite(fd, &byte, 1, pos) == 1, pos);
 	}
-	test_assert(pos == 80);
+	test_assert(pos == 128);
 	/* so does a missing one */
 	test_assert(ftruncate(fd, pos - 1) == 0);
 	test_assert(dovetail_queue_state_open(path, &file, &read, &valid,
