@@ -120,8 +120,9 @@ static void list_mark(struct mailbox *box)
 	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
 
 	if (list_wanted(box)) {
-		dovetail_queue_client_mark(dbox->duser->client,
-					   dbox->duser->user->username);
+		dovetail_queue_client_mark_wait(dbox->duser->client,
+			dbox->duser->user->username,
+			dovetail_capture_deadline(dbox->duser));
 	}
 }
 

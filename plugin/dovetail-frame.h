@@ -24,9 +24,10 @@ enum dovetail_frame_type {
 	/* num DOVETAIL_FRAME_VERSION, num pid, u8 enum dovetail_client_kind,
 	   for a worker: num slot, num slots */
 	DOVETAIL_FRAME_HELLO = 1,
-	/* str user: something of this user's is about to be committed. Until
-	   CLEAN, the user counts as unqueued if the connection ends. No
-	   answer. */
+	/* str user, and perhaps num tag: something of this user's is about to
+	   be committed. Until CLEAN, the user counts as unqueued if the
+	   connection ends. Answer, if there is a tag: REPLY, once the mark
+	   outlives the service. */
 	DOVETAIL_FRAME_MARK = 2,
 	/* str user: all this process committed for the user was handed over.
 	   What is not answered yet is the queue's to care for: if it cannot be

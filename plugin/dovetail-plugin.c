@@ -119,8 +119,9 @@ dovetail_transaction_commit(struct mailbox_transaction_context *t,
 		return -1;
 	}
 	if (duser->primary) {
-		dovetail_queue_client_mark(duser->client,
-					   duser->user->username);
+		dovetail_queue_client_mark_wait(duser->client,
+			duser->user->username,
+			dovetail_capture_deadline(duser));
 		dovetail_position_log_end(box, &dbox->seen);
 	}
 	/* t is gone when this returns */
@@ -148,6 +149,11 @@ static int dovetail_save_begin(struct mail_save_context *ctx,
 
 	if (dovetail_fence_refuses(box) || dovetail_fence_unprotected(box))
 		return -1;
+	/* the answer comes while the message is written */
+	if (dbox->duser->primary && !dbox->internal) {
+		dovetail_queue_client_mark(dbox->duser->client,
+					   dbox->duser->user->username);
+	}
 	/* Maildir takes a file's ctime for the save date, and each renaming
 	   changes that; a date that was set is remembered. */
 	if (dbox->duser->primary && ctx->data.save_date == (time_t)-1 &&

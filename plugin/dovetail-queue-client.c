@@ -44,6 +44,8 @@ struct dovetail_queue_client {
 	HASH_TABLE(void *, struct queue_waiter *) waiters;
 	/* users with a MARK and no CLEAN on this connection */
 	HASH_TABLE(char *, char *) marked;
+	/* the MARKs that are not answered yet */
+	struct dovetail_queue_batch marks;
 	/* An answer did not come in time. Until the queue has caught up
 	   nobody waits again, so a stuck service costs one timeout, not one
 	   per command. */
@@ -374,7 +376,10 @@ static void queue_client_send_user(struct dovetail_queue_client *client,
 void dovetail_queue_client_mark(struct dovetail_queue_client *client,
 				const char *user)
 {
+	struct queue_waiter *waiter;
 	const char *error;
+	uint32_t tag;
+	size_t offset;
 	char *key;
 
 	if (queue_client_connect(client, &error) < 0) {
@@ -385,7 +390,35 @@ void dovetail_queue_client_mark(struct dovetail_queue_client *client,
 		return;
 	key = i_strdup(user);
 	hash_table_insert(client->marked, key, key);
-	queue_client_send_user(client, DOVETAIL_FRAME_MARK, user);
+
+	waiter = queue_client_add_waiter(client, &tag);
+	waiter->batch = &client->marks;
+	client->marks.outstanding++;
+	offset = dovetail_frame_begin(client->out, DOVETAIL_FRAME_MARK);
+	dovetail_wire_put_str(client->out, user);
+	dovetail_wire_put_num(client->out, tag);
+	dovetail_frame_end(client->out, offset);
+	/* what does not fit now goes out with the next frame */
+	(void)queue_client_output(client, 0, &error);
+}
+
+void dovetail_queue_client_mark_wait(struct dovetail_queue_client *client,
+				     const char *user, uint64_t deadline)
+{
+	const char *error;
+	unsigned int tries;
+	int ret;
+
+	/* twice: the queue may have gone away since we used it last */
+	for (tries = 0; tries < 2; tries++) {
+		dovetail_queue_client_mark(client, user);
+		ret = dovetail_queue_client_wait(client, &client->marks,
+						 deadline, &error);
+		dovetail_queue_client_cancel(client, &client->marks);
+		i_zero(&client->marks);
+		if (client->fd != -1 || ret == 0)
+			break;
+	}
 }
 
 void dovetail_queue_client_clean(struct dovetail_queue_client *client,

@@ -33,10 +33,14 @@ struct dovetail_queue_client *
 dovetail_queue_client_get(const char *path, struct event *event_parent);
 void dovetail_queue_client_unref(struct dovetail_queue_client **client);
 
-/* The user is about to commit something: see DOVETAIL_FRAME_MARK. Does nothing
+/* The user will commit something soon: see DOVETAIL_FRAME_MARK. Does nothing
    when the user is marked already. Never waits. */
 void dovetail_queue_client_mark(struct dovetail_queue_client *client,
 				const char *user);
+/* The same, and wait for the mark: what is committed after this is found again
+   whatever dies. It may fail silently: the changes then will, too. */
+void dovetail_queue_client_mark_wait(struct dovetail_queue_client *client,
+				     const char *user, uint64_t deadline);
 /* All that the user committed is queued and positions are written. */
 void dovetail_queue_client_clean(struct dovetail_queue_client *client,
 				 const char *user);

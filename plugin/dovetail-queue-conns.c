@@ -335,9 +335,17 @@ static int conn_handle_mark(struct dovetail_queue_conn *conn,
 {
 	struct conn_user *cu;
 	const char *name;
+	uint64_t tag = 0;
+	bool wants_reply;
 
 	if (get_user(r, &name) < 0)
 		return -1;
+	wants_reply = r->pos < r->end;
+	if (wants_reply) {
+		tag = dovetail_wire_get_num(r);
+		if (!dovetail_wire_reader_done(r))
+			return -1;
+	}
 	cu = conn_user_get(conn, name);
 	if (cu == NULL) {
 		e_error(conn->event, "Client marked more than %u users",
@@ -348,6 +356,16 @@ static int conn_handle_mark(struct dovetail_queue_conn *conn,
 		cu->marked = TRUE;
 		dovetail_queue_user_mark(cu->user);
 	}
+	if (!wants_reply)
+		;
+	else if (cu->refused) {
+		conn_reply(conn, tag, DOVETAIL_REPLY_REFUSED,
+			   "You may not speak for this user");
+	} else if (!cu->user->mark_file) {
+		conn_reply(conn, tag, DOVETAIL_REPLY_UNAVAILABLE,
+			   "The mark cannot be written");
+	} else
+		conn_reply(conn, tag, DOVETAIL_REPLY_OK, "");
 	return 0;
 }
 
