@@ -541,6 +541,7 @@ void dovetail_queue_client_cancel(struct dovetail_queue_client *client,
 struct queue_question {
 	bool done;
 	enum dovetail_frame_type type;
+	/* not of the data stack: it grows in frames of its own */
 	buffer_t *answer;
 };
 
@@ -556,8 +557,35 @@ queue_question_answered(const struct queue_answer *answer, void *context)
 	buffer_append(question->answer, answer->data, answer->size);
 }
 
+static int queue_client_wait_question(struct dovetail_queue_client *client,
+				      struct queue_waiter *waiter,
+				      uint64_t deadline,
+				      enum dovetail_frame_type expect,
+				      const char **error_r)
+{
+	struct queue_question *question = waiter->context;
+
+	if (client->late)
+		deadline = 0;
+	if (queue_client_output(client, deadline, error_r) < 0)
+		return -1;
+	queue_client_run(client, &question->done, deadline);
+	if (!question->done) {
+		waiter->answered = NULL;
+		if (deadline > 0)
+			client->late = TRUE;
+		*error_r = "dovetail-queue did not answer in time";
+		return -1;
+	}
+	if (question->type != expect) {
+		*error_r = "dovetail-queue closed the connection";
+		return -1;
+	}
+	return 0;
+}
+
 /* Send the question that stands in client->out after offset and wait for its
-   answer. Returns 0 and a reader of what follows the tag, or -1. */
+   answer. Returns 0 and a reader (data stack) of what follows the tag, or -1. */
 static int queue_client_ask(struct dovetail_queue_client *client,
 			    struct queue_waiter *waiter, uint64_t deadline,
 			    enum dovetail_frame_type expect,
@@ -565,32 +593,24 @@ static int queue_client_ask(struct dovetail_queue_client *client,
 			    const char **error_r)
 {
 	struct queue_question question;
+	size_t size;
+	int ret;
 
 	i_zero(&question);
-	question.answer = t_buffer_create(64);
+	question.answer = buffer_create_dynamic(default_pool, 256);
 	waiter->answered = queue_question_answered;
 	waiter->context = &question;
-	if (client->late)
-		deadline = 0;
-
-	if (queue_client_output(client, deadline, error_r) < 0)
-		return -1;
-	queue_client_run(client, &question.done, deadline);
-	if (!question.done) {
-		waiter->answered = NULL;
-		if (deadline > 0)
-			client->late = TRUE;
-		*error_r = "dovetail-queue did not answer in time";
-		return -1;
+	ret = queue_client_wait_question(client, waiter, deadline, expect,
+					 error_r);
+	if (ret == 0) {
+		size = question.answer->used;
+		dovetail_wire_reader_init(r,
+			p_memdup(pool_datastack_create(),
+				 question.answer->data, size), size);
+		(void)dovetail_wire_get_num32(r);
 	}
-	if (question.type != expect) {
-		*error_r = "dovetail-queue closed the connection";
-		return -1;
-	}
-	dovetail_wire_reader_init(r, question.answer->data,
-				  question.answer->used);
-	(void)dovetail_wire_get_num32(r);
-	return 0;
+	buffer_free(&question.answer);
+	return ret;
 }
 
 int dovetail_queue_client_position(struct dovetail_queue_client *client,

@@ -696,18 +696,29 @@ def test_ack_local_waits_for_nothing(new_cluster):
     user.wait_equal()
 
 
-@pytest.mark.parametrize("ack", ["queued", "applied"])
+@pytest.mark.parametrize("ack", ["queued", "queued, no disk",
+                                 "applied"])
 def test_ack_failure_refuse(new_cluster, ack):
     """New mail is deferred while it cannot be protected, and taken again
     afterwards. Nothing that was refused is in the mailbox."""
-    cluster = new_cluster(settings=dict(SETTINGS, dovetail_ack=ack,
-                                        dovetail_ack_failure="refuse"))
-    cluster.expect_errors(NO_REDIS, "Error: lmtp-server: .* 451 ")
+    cluster = new_cluster(settings=dict(
+        SETTINGS, dovetail_ack=ack.partition(",")[0],
+        dovetail_ack_failure="refuse"))
+    cluster.expect_errors(NO_REDIS, "Error: lmtp-server: .* 451 ",
+                          "XADD failed: MISCONF")
     user = cluster.user()
     user.lmtp(mail("before"))
     user.wait_equal()
-    away = cluster.redis if ack == "queued" else cluster.b
-    away.stop()
+    if ack == "queued, no disk":
+        # it says so in a long sentence
+        os.mkdir(os.path.join(cluster.redis.dir, "dump.rdb"))
+        cluster.redis.cli("config", "set", "save", "3600 1")
+        cluster.redis.cli("bgsave")
+        wait_for(lambda: "MISCONF" in cluster.redis.cli(
+            "set", "x", "y", check=False), "Redis to refuse writes")
+    else:
+        away = cluster.redis if ack == "queued" else cluster.b
+        away.stop()
 
     def deliver():
         with at_most(ACK_TIMEOUT):
@@ -722,6 +733,9 @@ def test_ack_failure_refuse(new_cluster, ack):
         with pytest.raises(Refused, match=r"NO \[UNAVAILABLE\]"):
             session.append("INBOX", mail("refused"))
         assert len(session.messages("INBOX")) == count
-    away.start()
+    if ack == "queued, no disk":
+        cluster.redis.cli("config", "set", "save", "")
+    else:
+        away.start()
     wait_for(lambda: deliver() == 250, "LMTP to be accepted again")
     user.wait_equal()
