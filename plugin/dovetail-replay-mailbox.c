@@ -556,16 +556,26 @@ static void replay_op_flags(struct mail *mail, void *context)
 	}
 }
 
+/* What all ops of a change together do to one keyword. Dovecot compares an update of
+   keywords with the index, not with what the same transaction did before, and
+   drops it when it changes nothing there: so each message gets the last word
+   only. */
 struct replay_keyword {
+	const char *name;
+	ARRAY_TYPE(seq_range) add, remove;
+};
+ARRAY_DEFINE_TYPE(replay_keyword, struct replay_keyword);
+
+struct replay_keyword_update {
 	enum modify_type type;
 	struct mail_keywords *keywords;
 };
 
 static void replay_op_keyword(struct mail *mail, void *context)
 {
-	struct replay_keyword *keyword = context;
+	struct replay_keyword_update *update = context;
 
-	mail_update_keywords(mail, keyword->type, keyword->keywords);
+	mail_update_keywords(mail, update->type, update->keywords);
 }
 
 static void replay_op_expunge(struct mail *mail, void *context ATTR_UNUSED)
@@ -573,21 +583,67 @@ static void replay_op_expunge(struct mail *mail, void *context ATTR_UNUSED)
 	mail_expunge(mail);
 }
 
-static void replay_keyword(struct replay_mailbox_ctx *ctx, struct mail *mail,
-			   const struct dovetail_op *op,
-			   const ARRAY_TYPE(seq_range) *skip)
+static struct replay_keyword *
+replay_keyword_get(ARRAY_TYPE(replay_keyword) *keywords, const char *name)
 {
-	const char *names[] = { op->keyword, NULL };
-	struct replay_keyword keyword;
+	struct replay_keyword *keyword;
 
-	keyword.type = op->type == DOVETAIL_OP_KEYWORD_ADD ? MODIFY_ADD :
-		op->type == DOVETAIL_OP_KEYWORD_REMOVE ? MODIFY_REMOVE :
-		MODIFY_REPLACE;
-	if (op->type == DOVETAIL_OP_KEYWORD_RESET)
-		names[0] = NULL;
-	keyword.keywords = mailbox_keywords_create_valid(ctx->box, names);
-	replay_foreach(mail, &op->uids, skip, replay_op_keyword, &keyword);
-	mailbox_keywords_unref(&keyword.keywords);
+	array_foreach_modifiable(keywords, keyword) {
+		if (strcasecmp(keyword->name, name) == 0)
+			return keyword;
+	}
+	keyword = array_append_space(keywords);
+	keyword->name = name;
+	t_array_init(&keyword->add, 8);
+	t_array_init(&keyword->remove, 8);
+	return keyword;
+}
+
+static void replay_keyword_collect(struct replay_mailbox_ctx *ctx,
+				   ARRAY_TYPE(replay_keyword) *keywords,
+				   const struct dovetail_op *op)
+{
+	struct replay_keyword *keyword;
+	const char *name;
+
+	switch (op->type) {
+	case DOVETAIL_OP_KEYWORD_ADD:
+		keyword = replay_keyword_get(keywords, op->keyword);
+		seq_range_array_merge(&keyword->add, &op->uids);
+		seq_range_array_remove_seq_range(&keyword->remove, &op->uids);
+		break;
+	case DOVETAIL_OP_KEYWORD_REMOVE:
+		keyword = replay_keyword_get(keywords, op->keyword);
+		seq_range_array_merge(&keyword->remove, &op->uids);
+		seq_range_array_remove_seq_range(&keyword->add, &op->uids);
+		break;
+	case DOVETAIL_OP_KEYWORD_RESET:
+		array_foreach_elem(mail_index_get_keywords(ctx->box->index),
+				   name)
+			(void)replay_keyword_get(keywords, name);
+		array_foreach_modifiable(keywords, keyword) {
+			seq_range_array_merge(&keyword->remove, &op->uids);
+			seq_range_array_remove_seq_range(&keyword->add,
+							 &op->uids);
+		}
+		break;
+	default:
+		break;
+	}
+}
+
+static void replay_keyword_update(struct replay_mailbox_ctx *ctx,
+				  struct mail *mail,
+				  const struct replay_keyword *keyword,
+				  enum modify_type type,
+				  const ARRAY_TYPE(seq_range) *uids)
+{
+	const char *names[] = { keyword->name, NULL };
+	struct replay_keyword_update update = { .type = type };
+
+	update.keywords = mailbox_keywords_create_valid(ctx->box, names);
+	replay_foreach(mail, uids, &ctx->appended, replay_op_keyword, &update);
+	mailbox_keywords_unref(&update.keywords);
 }
 
 static void replay_set_state(struct mailbox *box, struct mail *mail,
@@ -672,11 +728,22 @@ static int replay_appended_again(struct replay_mailbox_ctx *ctx,
 	return ret;
 }
 
+static void replay_op_modseq(struct mail *mail, void *context)
+{
+	replay_raise_mail_modseq(context, mail);
+}
+
 static void replay_update_delta(struct replay_mailbox_ctx *ctx,
 				struct mail *mail)
 {
+	ARRAY_TYPE(replay_keyword) keywords;
+	ARRAY_TYPE(seq_range) touched;
+	const struct replay_keyword *keyword;
 	const struct dovetail_op *op;
+	unsigned int updates = 0;
 
+	t_array_init(&keywords, 8);
+	t_array_init(&touched, 32);
 	array_foreach(&ctx->change->ops, op) {
 		switch (op->type) {
 		case DOVETAIL_OP_FLAGS:
@@ -686,15 +753,29 @@ static void replay_update_delta(struct replay_mailbox_ctx *ctx,
 		case DOVETAIL_OP_KEYWORD_ADD:
 		case DOVETAIL_OP_KEYWORD_REMOVE:
 		case DOVETAIL_OP_KEYWORD_RESET:
-			replay_keyword(ctx, mail, op, &ctx->appended);
+			replay_keyword_collect(ctx, &keywords, op);
 			break;
 		case DOVETAIL_OP_EXPUNGE:
 			replay_foreach(mail, &op->uids, NULL,
 				       replay_op_expunge, NULL);
-			break;
+			continue;
 		default:
-			break;
+			continue;
 		}
+		updates++;
+		seq_range_array_merge(&touched, &op->uids);
+	}
+	array_foreach(&keywords, keyword) {
+		replay_keyword_update(ctx, mail, keyword, MODIFY_ADD,
+				      &keyword->add);
+		replay_keyword_update(ctx, mail, keyword, MODIFY_REMOVE,
+				      &keyword->remove);
+	}
+	/* Updates that undo each other leave nothing here, but raised the
+	   message's MODSEQ at the primary. */
+	if (updates > 1) {
+		replay_foreach(mail, &touched, &ctx->appended,
+			       replay_op_modseq, ctx);
 	}
 }
 

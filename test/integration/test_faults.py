@@ -362,6 +362,30 @@ def test_what_is_lacking_is_deleted_meanwhile(pair, user):
              "nothing to be lacking any more")
 
 
+def test_changes_that_undo_each_other(pair, user):
+    """They come to the replica all at once. Its MODSEQs, too, must not be
+    lower than the primary's."""
+    pair.expect_errors(NO_REDIS)
+    with user.imap() as session:
+        session.append("INBOX", mail("two"), mail("three"))
+        session.select("INBOX")
+        session.do(r"STORE 1 +FLAGS (old \Seen)")
+        user.wait_equal()
+        pair.redis.stop()
+        try:
+            session.do("STORE 1 -FLAGS (old)")
+            session.do("STORE 1:2 +FLAGS (old new)")
+            session.do("STORE 2 -FLAGS (new)")
+            session.do(r"STORE 3 +FLAGS (\Flagged new)")
+            session.do(r"STORE 3 FLAGS ()")
+            session.do(r"STORE 1 -FLAGS (\Seen)")
+            session.do(r"STORE 1 +FLAGS (\Seen)")
+        finally:
+            pair.redis.start()
+    user.wait_equal()
+    assert user.flags() == {1: {"\\Seen", "old", "new"}, 2: {"old"}, 3: set()}
+
+
 def test_redis_absent_at_start(new_cluster):
     cluster = new_cluster(settings=SETTINGS, start=False)
     cluster.expect_errors(NO_REDIS)
