@@ -128,3 +128,28 @@ void dovetail_position_update_applied(struct mail_index *index,
 	mail_index_update_header_ext(trans, dovetail_ext_register(index),
 				     0, &hdr, sizeof(hdr));
 }
+
+int dovetail_position_claim(struct mailbox *box,
+			    const uint8_t origin[DOVETAIL_ORIGIN_ID_SIZE],
+			    const char **error_r)
+{
+	struct mail_index *index = box->index;
+	struct mail_index_view *view;
+	struct mail_index_transaction *trans;
+	struct dovetail_position pos;
+	int ret;
+
+	if (dovetail_position_get(box, &pos) &&
+	    memcmp(pos.origin, origin, sizeof(pos.origin)) == 0)
+		return 0;
+	i_zero(&pos);
+	view = mail_index_view_open(index);
+	trans = mail_index_transaction_begin(view,
+		MAIL_INDEX_TRANSACTION_FLAG_EXTERNAL);
+	dovetail_position_update_applied(index, trans, &pos.applied, origin);
+	ret = mail_index_transaction_commit(&trans);
+	if (ret < 0)
+		*error_r = dovetail_index_error(index);
+	mail_index_view_close(&view);
+	return ret;
+}

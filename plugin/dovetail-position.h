@@ -22,7 +22,7 @@ struct dovetail_position {
 	   this mailbox */
 	struct dovetail_log_pos applied;
 	/* first bytes of BLAKE2b of the origin's node name: whose log applied
-	   belongs to */
+	   belongs to, or who had the mailbox made (applied is zero then) */
 	uint8_t origin[DOVETAIL_ORIGIN_ID_SIZE];
 };
 
@@ -54,5 +54,10 @@ void dovetail_position_update_applied(struct mail_index *index,
 				      struct mail_index_transaction *trans,
 				      const struct dovetail_log_pos *applied,
 				      const uint8_t origin[DOVETAIL_ORIGIN_ID_SIZE]);
+/* This mailbox is a replica of the origin's: say so where it does not say it yet,
+   without a place in its log. Returns 0, or -1 and error_r (data stack). */
+int dovetail_position_claim(struct mailbox *box,
+			    const uint8_t origin[DOVETAIL_ORIGIN_ID_SIZE],
+			    const char **error_r);
 
 #endif

@@ -223,7 +223,7 @@ apply_to_replica(struct replay_user *user, const char *origin,
 		replay_compared(user, origin, &change->u.compared);
 		return REPLAY_DONE;
 	case DOVETAIL_CHANGE_LIST:
-		result = replay_list(user, &change->u.list, error_r);
+		result = replay_list(user, origin, &change->u.list, error_r);
 		break;
 	case DOVETAIL_CHANGE_TREE:
 		result = replay_tree(user, origin, &change->u.tree, error_r);

@@ -1106,9 +1106,9 @@ void replay_verify(struct replay_user *user, const char *origin,
 		return;
 	}
 	if (ret == 0) {
-		if (repair && replay_mailbox_create(user, verify->guid,
-				verify->name, verify->uid_validity, 0,
-				&error) > 0) {
+		if (repair && replay_mailbox_create(user, origin,
+				verify->guid, verify->name,
+				verify->uid_validity, 0, &error) > 0) {
 			replay_compare_start(username, origin, verify->guid,
 					     verify->name, verify->flags,
 					     verify->number);

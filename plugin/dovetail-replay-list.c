@@ -65,19 +65,25 @@ list_finish(struct mailbox **box, int ret, enum mail_error harmless,
 }
 
 static enum replay_result
-list_create(struct replay_user *user, const guid_128_t guid, const char *path,
-	    uint32_t uid_validity, uint32_t uid_next, const char **error_r)
+list_create(struct replay_user *user, const char *origin,
+	    const guid_128_t guid, const char *path, uint32_t uid_validity,
+	    uint32_t uid_next, const char **error_r)
 {
+	uint8_t origin_id[DOVETAIL_ORIGIN_ID_SIZE];
 	struct mailbox *box;
 	int ret;
 
 	ret = replay_user_find_mailbox(user, guid, path, &box, error_r);
 	if (ret < 0)
 		return REPLAY_FAILED;
-	if (ret > 0)
-		return REPLAY_DONE;
-	ret = replay_mailbox_create(user, guid, path, uid_validity, uid_next,
-				    error_r);
+	if (ret > 0) {
+		/* we may have died between making and claiming it */
+		dovetail_origin_id(origin, origin_id);
+		return dovetail_position_claim(box, origin_id, error_r) < 0 ?
+			REPLAY_FAILED : REPLAY_DONE;
+	}
+	ret = replay_mailbox_create(user, origin, guid, path, uid_validity,
+				    uid_next, error_r);
 	if (ret == 0) {
 		*error_r = t_strdup_printf("Another mailbox has the name %s",
 					   path);
@@ -295,12 +301,12 @@ list_update(struct replay_user *user, const struct dovetail_change_list *change,
 }
 
 enum replay_result
-replay_list(struct replay_user *user, const struct dovetail_change_list *change,
-	    const char **error_r)
+replay_list(struct replay_user *user, const char *origin,
+	    const struct dovetail_change_list *change, const char **error_r)
 {
 	switch (change->action) {
 	case DOVETAIL_LIST_CREATE:
-		return list_create(user, change->guid, change->name,
+		return list_create(user, origin, change->guid, change->name,
 				   change->uid_validity, change->uid_next,
 				   error_r);
 	case DOVETAIL_LIST_CREATE_DIR:
@@ -520,20 +526,97 @@ tree_place(struct tree *tree, const struct dovetail_tree_mailbox *tm,
 	struct mailbox *box;
 	int ret;
 
-	ret = list_find(tree->user, tm->guid, tm->name, &box, error_r);
+	ret = replay_user_find_mailbox(tree->user, tm->guid, tm->name, &box,
+				       error_r);
+	if (ret > 0 &&
+	    dovetail_position_claim(box, tree->origin_id, error_r) < 0)
+		ret = -1;
+	if (ret > 0)
+		ret = list_find(tree->user, tm->guid, tm->name, &box, error_r);
 	if (ret < 0)
 		return REPLAY_FAILED;
 	if (ret > 0)
 		return list_rename_to(tree->user, &box, tm->name,
 				      MAIL_ERROR_NONE, error_r);
-	result = list_create(tree->user, tm->guid, tm->name, tm->uid_validity,
-			     0, error_r);
+	result = list_create(tree->user, tree->origin, tm->guid, tm->name,
+			     tm->uid_validity, 0, error_r);
 	if (result == REPLAY_DONE && tm->uid_next > 1) {
 		replay_wanted_add(replay_user_mail_user(tree->user)->username,
 				  tree->origin, tm->guid, tm->name, 1,
 				  "The mailbox was not here");
 	}
 	return result;
+}
+
+static bool tree_has_dir(const struct tree *tree, const char *path)
+{
+	const struct dovetail_tree_mailbox *tm;
+
+	array_foreach(&tree->change->mailboxes, tm) {
+		if (guid_128_is_empty(tm->guid) && strcmp(tm->name, path) == 0)
+			return TRUE;
+	}
+	return FALSE;
+}
+
+/* Names that cannot be selected, have nothing below them, and are not the
+   primary's: what was below has moved. Returns 1: some were deleted.  0: there
+   are none.  -1: failed. */
+static int tree_delete_dirs(struct tree *tree, struct mail_namespace *ns,
+			    const char **error_r)
+{
+	struct mailbox_list_iterate_context *iter;
+	const struct mailbox_info *info;
+	ARRAY_TYPE(const_string) gone;
+	struct mailbox *box;
+	const char *vname;
+
+	t_array_init(&gone, 8);
+	iter = mailbox_list_iter_init(ns->list, "*",
+		MAILBOX_LIST_ITER_RAW_LIST | MAILBOX_LIST_ITER_NO_AUTO_BOXES |
+		MAILBOX_LIST_ITER_RETURN_CHILDREN);
+	while ((info = mailbox_list_iter_next(iter)) != NULL) {
+		if ((info->flags & MAILBOX_NOSELECT) == 0 ||
+		    (info->flags & (MAILBOX_CHILDREN |
+				    MAILBOX_NONEXISTENT)) != 0 ||
+		    tree_has_dir(tree, dovetail_name_to_path(ns, info->vname)))
+			continue;
+		vname = t_strdup(info->vname);
+		array_push_back(&gone, &vname);
+	}
+	if (mailbox_list_iter_deinit(&iter) < 0) {
+		*error_r = t_strdup(mailbox_list_get_last_internal_error(
+			ns->list, NULL));
+		return -1;
+	}
+	array_foreach_elem(&gone, vname) {
+		box = mailbox_alloc(ns->list, vname, MAILBOX_FLAG_IGNORE_ACLS);
+		if (list_finish(&box, mailbox_delete(box), MAIL_ERROR_NOTFOUND,
+				error_r) != REPLAY_DONE)
+			return -1;
+	}
+	return array_count(&gone) > 0 ? 1 : 0;
+}
+
+static enum replay_result
+tree_delete_all_dirs(struct tree *tree, const char **error_r)
+{
+	struct mail_user *mail_user = replay_user_mail_user(tree->user);
+	struct mail_namespace *ns;
+	unsigned int depth;
+	int ret;
+
+	for (ns = mail_user->namespaces; ns != NULL; ns = ns->next) {
+		if (!dovetail_namespace_is_own(ns, mail_user))
+			continue;
+		/* each time the parents of those before */
+		for (ret = 1, depth = 0;
+		     ret > 0 && depth < MAILBOX_LIST_NAME_MAX_LENGTH; depth++)
+			ret = tree_delete_dirs(tree, ns, error_r);
+		if (ret < 0)
+			return REPLAY_FAILED;
+	}
+	return REPLAY_DONE;
 }
 
 static bool paths_have(const ARRAY_TYPE(const_string) *paths, const char *path)
@@ -621,6 +704,8 @@ replay_tree(struct replay_user *user, const char *origin,
 		    !tree_has_child(change, tm->name))
 			result = list_create_dir(tree.user, tm->name, error_r);
 	}
+	if (result == REPLAY_DONE)
+		result = tree_delete_all_dirs(&tree, error_r);
 	if (result == REPLAY_DONE)
 		result = tree_subscriptions(&tree, error_r);
 	return result;

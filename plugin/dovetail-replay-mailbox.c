@@ -87,10 +87,12 @@ static bool replay_box_is_empty(struct mailbox *box)
 		status.messages == 0;
 }
 
-int replay_mailbox_create(struct replay_user *user, const guid_128_t guid,
-			  const char *path, uint32_t uid_validity,
-			  uint32_t uid_next, const char **error_r)
+int replay_mailbox_create(struct replay_user *user, const char *origin,
+			  const guid_128_t guid, const char *path,
+			  uint32_t uid_validity, uint32_t uid_next,
+			  const char **error_r)
 {
+	uint8_t origin_id[DOVETAIL_ORIGIN_ID_SIZE];
 	struct mail_namespace *ns;
 	struct mailbox_update update;
 	struct mailbox *box;
@@ -127,6 +129,20 @@ int replay_mailbox_create(struct replay_user *user, const guid_128_t guid,
 			}
 		}
 	}
+	if (ret > 0) {
+		/* Before its first change comes, too: when the primary deletes
+		   it and that gets lost, the next tree has to know whose it
+		   is. */
+		dovetail_origin_id(origin, origin_id);
+		if (mailbox_open(box) < 0) {
+			*error_r = t_strdup(
+				mailbox_get_last_internal_error(box, NULL));
+			ret = -1;
+		} else if (dovetail_position_claim(box, origin_id,
+						   error_r) < 0) {
+			ret = -1;
+		}
+	}
 	mailbox_free(&box);
 	replay_user_forget_mailboxes(user);
 	return ret;
@@ -149,8 +165,9 @@ replay_mailbox_get(struct replay_mailbox_ctx *ctx, bool wanted)
 		ctx->box = NULL;
 		return REPLAY_DONE;
 	}
-	ret = replay_mailbox_create(ctx->user, change->guid, change->name,
-				    change->uid_validity, 0, &ctx->error);
+	ret = replay_mailbox_create(ctx->user, ctx->origin, change->guid,
+				    change->name, change->uid_validity, 0,
+				    &ctx->error);
 	if (ret > 0) {
 		ret = replay_user_find_mailbox(ctx->user, change->guid,
 					       change->name, &ctx->box,

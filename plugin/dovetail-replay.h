@@ -147,15 +147,16 @@ int replay_mailbox_add_messages(struct replay_user *user, const char *origin,
 				struct mailbox *box,
 				const struct dovetail_change_mailbox *change,
 				bool *rebuild_r, const char **error_r);
-/* Make the replica of a mailbox, or let an empty one of this name become it.
-   Returns 1: done.  0: another mailbox stands there.  -1: error_r. */
-int replay_mailbox_create(struct replay_user *user, const guid_128_t guid,
-			  const char *path, uint32_t uid_validity,
-			  uint32_t uid_next, const char **error_r);
+/* Make the replica of origin's mailbox, or let an empty one of this name become
+   it. Returns 1: done.  0: another mailbox stands there.  -1: error_r. */
+int replay_mailbox_create(struct replay_user *user, const char *origin,
+			  const guid_128_t guid, const char *path,
+			  uint32_t uid_validity, uint32_t uid_next,
+			  const char **error_r);
 
 enum replay_result
-replay_list(struct replay_user *user, const struct dovetail_change_list *change,
-	    const char **error_r);
+replay_list(struct replay_user *user, const char *origin,
+	    const struct dovetail_change_list *change, const char **error_r);
 enum replay_result
 replay_tree(struct replay_user *user, const char *origin,
 	    const struct dovetail_change_tree *change, const char **error_r);

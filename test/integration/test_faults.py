@@ -316,19 +316,20 @@ def replica_rows(pair):
         if row["direction"] == "from" and row["peer"] == "a"]
 
 
+def log_entries(pair):
+    return {(key, entry) for key in pair.redis.keys() if ":log:a" in key
+            for entry in re.findall(r"^(\d+-\d+)$", pair.redis.cli(
+                "xrange", key, "-", "+"), re.M)}
+
+
 def lose_a_change(pair, user, mailbox):
     """The replica never gets what is appended to the mailbox here."""
-    def entries():
-        return {(key, entry) for key in pair.redis.keys() if ":log:a" in key
-                for entry in re.findall(r"^(\d+-\d+)$", pair.redis.cli(
-                    "xrange", key, "-", "+"), re.M)}
-
     with pair.b.paused("dovetail-replay"), user.imap() as session:
         # the answer to a question that is open already
         session.append(mailbox, mail("on its way"))
-        before = entries()
+        before = log_entries(pair)
         session.append(mailbox, mail("lost on the way"))
-        for key, entry in entries() - before:
+        for key, entry in log_entries(pair) - before:
             pair.redis.cli("xdel", key, entry)
 
 
@@ -360,6 +361,29 @@ def test_what_is_lacking_is_deleted_meanwhile(pair, user):
     wait_for(lambda: all(row["set_aside"] == "0"
                          for row in replica_rows(pair)),
              "nothing to be lacking any more")
+
+
+def test_deletion_of_an_empty_folder_is_lost(pair, user):
+    """The replica made the folder, and nothing else ever came for it. That
+    the primary has it no more, only its tree says."""
+    pair.expect_errors("Mailbox (folder|parent) is no longer at the primary")
+    with user.imap() as session:
+        session.do("CREATE", "folder")
+        session.do("CREATE", "parent")
+        session.do("CREATE", "parent/child")
+        # a look at the primary's would send more of it
+        wait_for(lambda: "parent/child" in user.mailboxes(), "the folders")
+        with pair.b.paused("dovetail-replay"):
+            # the answer to a question that is open already
+            session.append("INBOX", mail("on its way"))
+            before = log_entries(pair)
+            session.do("DELETE", "folder")
+            session.do("DELETE", "parent")
+            session.do("RENAME", "parent/child", "child")
+            for key, entry in log_entries(pair) - before:
+                pair.redis.cli("xdel", key, entry)
+        session.append("INBOX", mail("after it"))
+    user.wait_equal()
 
 
 def test_changes_that_undo_each_other(pair, user):
