@@ -861,6 +861,42 @@ static void capture_new_user(struct dovetail_user *duser)
 	}
 }
 
+/* A snapshot was queued that shows the mailbox at from. What happened since, other
+   processes may have queued before it, and a replica that waited for the snapshot
+   has dropped that: so it comes once more. What happens from here on is queued
+   behind the snapshot. */
+static void capture_since_snapshot(struct mailbox *box,
+				   const struct dovetail_log_pos *from)
+{
+	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
+	struct dovetail_log_pos end, sent;
+	struct capture c;
+	int ret;
+
+	(void)mail_index_refresh(box->index);
+	if (capture_init(&c, box) < 0) {
+		capture_finish(&c, -1, NULL);
+		capture_deinit(&c);
+		return;
+	}
+	end.index_id = box->index->indexid;
+	end.file_seq = c.view->log_file_head_seq;
+	end.file_offset = c.view->log_file_head_offset;
+	/* and the queue is not asked */
+	dbox->seen = *from;
+	if (end.index_id == from->index_id &&
+	    dovetail_log_pos_cmp(from, &end) < 0) {
+		ret = capture_log(&c, from, &end, &sent);
+		if (ret == 0) {
+			capture_fail(&c, "Its log was reset meanwhile");
+			ret = -1;
+		}
+		capture_finish(&c, ret, &sent);
+		dbox->seen = end;
+	}
+	capture_deinit(&c);
+}
+
 /* Returns 0, or -1 and error_r (data stack): what could not be queued is noted. */
 static int capture_run(struct mailbox *box, enum dovetail_capture_trigger trigger,
 		       dovetail_capture_answer_t *answer, void *context,
@@ -870,7 +906,7 @@ static int capture_run(struct mailbox *box, enum dovetail_capture_trigger trigge
 	struct dovetail_position pos;
 	struct dovetail_log_pos end, sent;
 	struct capture c;
-	bool have_pos;
+	bool have_pos, snapshot;
 	int ret;
 
 	capture_settle_earlier(box);
@@ -904,7 +940,8 @@ static int capture_run(struct mailbox *box, enum dovetail_capture_trigger trigge
 		sent = end;
 	} else
 		ret = capture_log(&c, &pos.queued, &end, &sent);
-	if (ret == 0)
+	snapshot = ret == 0;
+	if (snapshot)
 		ret = capture_snapshot(&c, 1, &sent);
 	if (ret > 0 && answer != NULL)
 		ret = capture_answer(&c, answer, context);
@@ -914,6 +951,8 @@ static int capture_run(struct mailbox *box, enum dovetail_capture_trigger trigge
 
 	dbox->seen = end;
 	capture_deinit(&c);
+	if (snapshot && ret > 0)
+		capture_since_snapshot(box, &sent);
 	array_free(&dbox->hints);
 	if (!have_pos && box->inbox_user)
 		capture_new_user(dbox->duser);
@@ -1051,6 +1090,8 @@ int dovetail_plugin_capture_snapshot(struct mailbox *box, uint32_t uid_next,
 		*error_r = t_strdup(c.error);
 	capture_finish(&c, ret, &sent);
 	capture_deinit(&c);
+	if (ret >= 0)
+		capture_since_snapshot(box, &sent);
 	dbox->capturing = FALSE;
 	return ret < 0 ? -1 : 0;
 }

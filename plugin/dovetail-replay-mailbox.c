@@ -46,6 +46,8 @@ struct replay_mailbox_ctx {
 	uint32_t uid_next;
 	/* messages the change has as new, and which of them are saved by it */
 	ARRAY_TYPE(seq_range) appended, saved;
+	/* the change is a snapshot that came too late */
+	bool old;
 	const char *error;
 };
 
@@ -187,6 +189,8 @@ replay_mailbox_get(struct replay_mailbox_ctx *ctx, bool wanted)
 enum replay_fit {
 	REPLAY_FIT_APPLY,
 	REPLAY_FIT_SKIP,
+	/* a snapshot from before what is here */
+	REPLAY_FIT_OLD,
 	REPLAY_FIT_GAP,
 };
 
@@ -206,8 +210,14 @@ replay_mailbox_fits(struct replay_mailbox_ctx *ctx, bool wanted)
 		return snapshot ? REPLAY_FIT_APPLY : REPLAY_FIT_GAP;
 
 	end = dovetail_log_pos_cmp(&change->to, &pos.applied);
-	if (snapshot)
+	if (snapshot && end >= 0)
 		return end > 0 || wanted ? REPLAY_FIT_APPLY : REPLAY_FIT_SKIP;
+	if (snapshot) {
+		return wanted && replay_wanted_is_past(
+				replay_user_mail_user(ctx->user)->username,
+				change->guid) ?
+			REPLAY_FIT_APPLY : REPLAY_FIT_OLD;
+	}
 	if (dovetail_log_pos_cmp(&change->from, &pos.applied) > 0)
 		return REPLAY_FIT_GAP;
 	if (end > 0)
@@ -1110,6 +1120,9 @@ replay_mailbox_apply(struct replay_mailbox_ctx *ctx, bool wanted)
 	if (result != REPLAY_DONE || ctx->box == NULL)
 		return result;
 	switch (replay_mailbox_fits(ctx, wanted)) {
+	case REPLAY_FIT_OLD:
+		ctx->old = TRUE;
+		return REPLAY_DONE;
 	case REPLAY_FIT_SKIP:
 		return REPLAY_DONE;
 	case REPLAY_FIT_GAP:
@@ -1226,7 +1239,8 @@ replay_mailbox(struct replay_user *user, const char *origin,
 	result = replay_mailbox_apply(&ctx, wanted);
 	*error_r = ctx.error;
 	/* only a snapshot is the answer; what happened meanwhile comes as well */
-	answer = wanted && (change->flags & DOVETAIL_MAILBOX_SNAPSHOT) != 0;
+	answer = wanted && !ctx.old &&
+		(change->flags & DOVETAIL_MAILBOX_SNAPSHOT) != 0;
 	switch (result) {
 	case REPLAY_DONE:
 		if (answer)

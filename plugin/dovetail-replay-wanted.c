@@ -27,6 +27,8 @@
 /* How many questions may be open at once: a replica that lacks a lot fetches it
    piece by piece, and live changes go on in between. */
 #define WANTED_OPEN_MAX 8
+/* So many answers may be older than what is here. */
+#define WANTED_PAST_MAX 3
 /* Where one entry is missing others may be. */
 #define WANTED_SHARD_DELAY_MSECS 100
 
@@ -41,6 +43,8 @@ struct wanted {
 	/* 0: not asked yet */
 	time_t asked;
 	unsigned int retry_secs;
+	/* how many answers were older than what is here */
+	unsigned int past_count;
 };
 
 static ARRAY(struct wanted) wanted_list;
@@ -347,6 +351,13 @@ void replay_wanted_arrived(const char *user, const guid_128_t guid)
 
 	if (w != NULL)
 		wanted_remove(w);
+}
+
+bool replay_wanted_is_past(const char *user, const guid_128_t guid)
+{
+	struct wanted *w = wanted_find(user, guid);
+
+	return w != NULL && ++w->past_count > WANTED_PAST_MAX;
 }
 
 static bool tree_has(const struct dovetail_change_tree *tree,

@@ -226,6 +226,10 @@ int replay_queue_change(const struct dovetail_change *change,
 			const char **error_r);
 bool replay_wanted_has(const char *user, const guid_128_t guid);
 void replay_wanted_arrived(const char *user, const guid_128_t guid);
+/* A snapshot came that is older than what is here. It was on its way already when
+   it was asked for, and a newer one follows. TRUE: none did, again and again: so
+   the primary's mailbox itself is older, restored from a backup. */
+bool replay_wanted_is_past(const char *user, const guid_128_t guid);
 /* Mailboxes that are not in the tree will not come any more. */
 void replay_wanted_tree_arrived(const char *user,
 				const struct dovetail_change_tree *tree);
