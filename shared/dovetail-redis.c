@@ -2,7 +2,7 @@
 
 /* The order of commands and every callback are ours; the bytes go through
    Dovecot's streams, with or without TLS, and hiredis' redisReader parses the
-   replies.
+   replies (dovetail-redis-reader.h).
 
    hiredis' own redisAsyncContext is not used: it asserts that no reply comes
    that nobody asked for, so a faulty or hostile Redis could abort the
@@ -22,6 +22,7 @@
 #include "str-sanitize.h"
 #include "dovetail-compat.h"
 #include "dovetail-redis.h"
+#include "dovetail-redis-reader.h"
 
 #include <time.h>
 #include <unistd.h>
@@ -44,9 +45,6 @@
 #define DOVETAIL_REDIS_READ_SIZE (64 * 1024)
 /* Let others run after this many bytes of one connection. */
 #define DOVETAIL_REDIS_READ_MAX_SIZE (1024 * 1024)
-/* A single reply may not be larger. It is far above what Redis is asked for,
-   and keeps a faulty server from filling the memory. */
-#define DOVETAIL_REDIS_REPLY_MAX_SIZE (512 * 1024 * 1024)
 /* A peer that is gone without a word is noticed after about half a minute. */
 #define DOVETAIL_REDIS_KEEPALIVE_IDLE_SECS 15
 #define DOVETAIL_REDIS_KEEPALIVE_INTERVAL_SECS 5
@@ -83,9 +81,7 @@ struct dovetail_redis_conn {
 	/* NULL: no TLS */
 	struct ssl_iostream *ssl;
 
-	redisReader *reader;
-	/* bytes read since the last whole reply */
-	uint64_t reply_size;
+	struct dovetail_redis_reader *reader;
 	/* the command that is being sent */
 	buffer_t *out;
 };
@@ -166,7 +162,7 @@ static void dovetail_redis_conn_unref(struct dovetail_redis_conn **_conn)
 	if (--conn->refcount > 0)
 		return;
 	i_assert(conn->fd == -1);
-	redisReaderFree(conn->reader);
+	dovetail_redis_reader_deinit(&conn->reader);
 	buffer_free(&conn->out);
 	i_free(conn);
 }
@@ -440,8 +436,9 @@ dovetail_redis_handle_replies(struct dovetail_redis *redis,
 			      struct dovetail_redis_conn *conn,
 			      const char **error_r)
 {
-	void *reply;
+	redisReply *reply;
 	bool ok;
+	int ret;
 
 	*error_r = NULL;
 	for (;;) {
@@ -449,19 +446,9 @@ dovetail_redis_handle_replies(struct dovetail_redis *redis,
 			/* by a callback */
 			return FALSE;
 		}
-		if (redisReaderGetReply(conn->reader, &reply) != REDIS_OK) {
-			*error_r = t_strdup_printf(
-				"The server does not speak Redis' protocol: %s",
-				str_sanitize(conn->reader->errstr, 200));
-			return FALSE;
-		}
-		if (reply == NULL) {
-			if (conn->reply_size <= DOVETAIL_REDIS_REPLY_MAX_SIZE)
-				return TRUE;
-			*error_r = "The server sent a reply that is too large";
-			return FALSE;
-		}
-		conn->reply_size = 0;
+		ret = dovetail_redis_reader_next(conn->reader, &reply, error_r);
+		if (ret <= 0)
+			return ret == 0;
 		T_BEGIN {
 			ok = dovetail_redis_handle_reply(redis, reply, error_r);
 		} T_END_PASS_STR_IF(!ok, error_r);
@@ -512,16 +499,11 @@ dovetail_redis_read(struct dovetail_redis *redis,
 			*error_r = dovetail_redis_read_error(redis, conn);
 			return FALSE;
 		}
-		if (redisReaderFeed(conn->reader, (const char *)data, size) !=
-		    REDIS_OK) {
-			*error_r = t_strdup_printf(
-				"Cannot parse the server's answer: %s",
-				conn->reader->errstr);
+		if (dovetail_redis_reader_feed(conn->reader, data, size,
+					       error_r) < 0)
 			return FALSE;
-		}
 		i_stream_skip(conn->input, size);
 		redis->quiet = 0;
-		conn->reply_size += size;
 		total += size;
 		if (!dovetail_redis_handle_replies(redis, conn, error_r))
 			return FALSE;
@@ -771,9 +753,7 @@ static void dovetail_redis_connect_start(struct dovetail_redis *redis, int fd)
 
 	conn = i_new(struct dovetail_redis_conn, 1);
 	conn->refcount = 1;
-	conn->reader = redisReaderCreate();
-	if (conn->reader == NULL)
-		i_fatal_status(FATAL_OUTOFMEM, "redisReaderCreate() failed");
+	conn->reader = dovetail_redis_reader_init();
 	conn->out = buffer_create_dynamic(default_pool, 1024);
 	redis->conn = conn;
 	dovetail_redis_set_state(redis, DOVETAIL_REDIS_CONNECTING);
