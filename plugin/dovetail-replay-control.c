@@ -143,16 +143,14 @@ static void control_input(void *context ATTR_UNUSED)
 
 static void control_report(void *context ATTR_UNUSED)
 {
-	timeout_remove(&control.to_report);
-	T_BEGIN {
-		buffer_t *buf = t_buffer_create(1024);
-		size_t offset = dovetail_frame_begin(buf,
-						     DOVETAIL_FRAME_REPORT);
+	buffer_t *buf = buffer_create_dynamic(default_pool, 1024);
+	size_t offset = dovetail_frame_begin(buf, DOVETAIL_FRAME_REPORT);
 
-		replay_streams_report(buf);
-		dovetail_frame_end(buf, offset);
-		control_send(buf);
-	} T_END;
+	timeout_remove(&control.to_report);
+	replay_streams_report(buf);
+	dovetail_frame_end(buf, offset);
+	control_send(buf);
+	buffer_free(&buf);
 }
 
 void replay_control_changed(void)

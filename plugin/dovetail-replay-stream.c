@@ -55,6 +55,8 @@
 /* ... and answers in any case: a connection on which nothing comes is dead. */
 #define STREAM_READ_TIMEOUT_MSECS 15000
 #define STREAM_LOG_SECS 60
+/* of an error that is reported: names in it are as long as a peer makes them */
+#define STREAM_ERROR_MAX_LEN 500
 
 /* The state file of a stream, host byte order: written over and over at one
    place, so a torn write shows in the check. */
@@ -165,7 +167,7 @@ static void stream_state_write(struct replay_stream *stream)
 static void stream_set_error(struct replay_stream *stream, const char *error)
 {
 	i_free(stream->last_error);
-	stream->last_error = i_strdup(error);
+	stream->last_error = i_strndup(error, STREAM_ERROR_MAX_LEN);
 	replay_control_changed();
 }
 
@@ -344,6 +346,7 @@ static void stream_apply_group(struct replay_stream *stream,
 			if (result != REPLAY_DONE)
 				stream_failed(stream, ordinal, chain);
 			if (result == REPLAY_FAILED) {
+				error = t_strndup(error, STREAM_ERROR_MAX_LEN);
 				if (null_strcmp(stream->last_error, error) != 0)
 					e_error(replay.event, "%s", error);
 				stream_set_error(stream, error);
@@ -392,6 +395,7 @@ static void stream_entry(struct replay_stream *stream, const char *id,
 	struct dovetail_chain chain;
 	enum dovetail_open_ret ret;
 	struct timeval now;
+	uint64_t now_usecs;
 	const char *error;
 
 	i_zero(&expect);
@@ -435,8 +439,10 @@ static void stream_entry(struct replay_stream *stream, const char *id,
 	stream->entries++;
 	stream->ack_needed = TRUE;
 	i_gettimeofday(&now);
-	stream->lag_usecs = I_MAX((int64_t)(now.tv_sec * 1000000LL +
-		now.tv_usec - (int64_t)opened.head.time_usecs), 0);
+	/* the origin's clock may say anything */
+	now_usecs = timeval_to_usecs(&now);
+	stream->lag_usecs = now_usecs <= opened.head.time_usecs ? 0 :
+		now_usecs - opened.head.time_usecs;
 	stream->last_applied = now.tv_sec;
 	replay_control_changed();
 }

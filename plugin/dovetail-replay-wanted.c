@@ -110,6 +110,7 @@ static void wanted_save(void)
 	}
 }
 
+/* What is not a question that can be asked was not written by us. */
 static void wanted_load_line(const char *line)
 {
 	const char *const *fields = t_strsplit_tabescaped(line);
@@ -118,10 +119,15 @@ static void wanted_load_line(const char *line)
 	unsigned int shard = 0;
 
 	if (str_array_length(fields) != 4 ||
-	    guid_128_from_string(fields[2], guid) < 0 ||
-	    (fields[0][0] == '\0' && (str_to_uint(fields[3], &shard) < 0 ||
-				      shard > UINT8_MAX)))
+	    !dovetail_node_name_is_valid(fields[1]) ||
+	    guid_128_from_string(fields[2], guid) < 0)
 		return;
+	if (fields[0][0] == '\0') {
+		if (str_to_uint(fields[3], &shard) < 0 || shard > UINT8_MAX)
+			return;
+	} else if (guid_128_is_empty(guid) && fields[3][0] != '\0') {
+		return;
+	}
 	w = array_append_space(&wanted_list);
 	w->user = i_strdup(fields[0]);
 	w->origin = i_strdup(fields[1]);

@@ -244,7 +244,8 @@ unsigned int replay_wanted_count(const char *origin);
 
 void replay_streams_init(void);
 void replay_streams_deinit(void);
-/* Append this worker's status rows, as DOVETAIL_FRAME_REPORT has them. */
+/* Append this worker's status rows, as DOVETAIL_FRAME_REPORT has them. buf is not
+   of the data stack: it grows in frames of its own. */
 void replay_streams_report(buffer_t *buf);
 
 /* ---- dovetail-replay-control.c ---- */
