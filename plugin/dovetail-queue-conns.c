@@ -30,6 +30,8 @@
 #define CONN_USERNAME_MAX_LEN 1024
 #define REPORT_ROWS_MAX 8192
 #define REPORT_FIELDS_MAX 64
+/* all that is kept of a key or a value: errors have names in them */
+#define REPORT_STR_MAX_LEN 500
 /* a user that closes a connection is often about to open the next one */
 #define CONN_END_SWEEP_MSECS 1000
 /* so long others wait for one that has sent half a frame */
@@ -662,8 +664,10 @@ static int conn_handle_report(struct dovetail_queue_conn *conn,
 		if (fields > REPORT_FIELDS_MAX)
 			return -1;
 		row = p_new(pool, const char *, fields * 2 + 1);
-		for (j = 0; j < fields * 2; j++)
-			row[j] = dovetail_wire_get_str(r, pool);
+		for (j = 0; j < fields * 2; j++) {
+			row[j] = p_strndup(pool, dovetail_wire_get_str(r,
+				pool_datastack_create()), REPORT_STR_MAX_LEN);
+		}
 		if (!r->failed) {
 			const char *const *const_row = row;
 

@@ -13,6 +13,9 @@
 
 /* The keys are listed in dovetail-frame.h. */
 
+/* of a peer; there are fewer, and what a worker says has to fit into a frame */
+#define STATUS_REASONS_MAX 64
+
 struct row {
 	buffer_t *buf;
 	unsigned int fields;
@@ -233,6 +236,8 @@ static void status_from_add_reasons(struct status_from *from,
 				found = reason;
 		}
 		if (found == NULL) {
+			if (array_count(&from->reasons) == STATUS_REASONS_MAX)
+				continue;
 			found = array_append_space(&from->reasons);
 			found->name = name;
 		}

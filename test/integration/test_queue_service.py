@@ -1047,6 +1047,29 @@ def test_reports_of_workers(node):
 
 # ---- clients that do not behave ----
 
+def test_endless_reports(node):
+    """What workers report has to fit into the answer to STATUS_GET."""
+    long = "x" * 2000000
+
+    def row(**fields):
+        fields = {"peer": "b", **fields}
+        return num(len(fields)) + b"".join(
+            bstr(k) + bstr(v) for k, v in fields.items())
+
+    with node.worker(0, 2) as w0, node.worker(1, 2) as w1:
+        w0.send(REPORT, num(1), row(connection=long, error=long))
+        w1.send(REPORT, num(8000), b"".join(
+            row(rejected_reasons=" ".join(
+                "%s%d-%d=1" % ("y" * 20, i, j) for j in range(15)))
+            for i in range(8000)))
+        for worker in w0, w1:
+            assert worker.check()[0] == OK
+        told = w0.status()["from"]
+        assert told["connection"] == told["error"] == "x" * 500
+        assert len(told["rejected_reasons"]) < 64 * 50
+
+
+
 def test_deaf_client_ends(node):
     """It reads no answers until nobody reads it any more. Its end is noticed
     all the same."""
