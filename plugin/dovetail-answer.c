@@ -57,6 +57,7 @@ static int answer_verify(struct mailbox *box, struct mail_index_view *view,
 	guid_128_copy(verify->guid, mailbox->guid);
 	verify->name = mailbox->name;
 	verify->uid_validity = mailbox->uid_validity;
+	verify->at = mailbox->to;
 	change->kind = DOVETAIL_CHANGE_VERIFY;
 	change->u.verify = *verify;
 	return 1;
@@ -190,6 +191,7 @@ static int answer_compare(struct mailbox *box, struct mail_index_view *view,
 	compared->uid_validity = mailbox->uid_validity;
 	compared->uid_next = mail_index_get_header(view)->next_uid;
 	compared->highest_modseq = mailbox->highest_modseq;
+	compared->at = mailbox->to;
 	t_array_init(&compared->ranges, 64);
 	t_array_init(&compared->uids, 16);
 	t_array_init(&compared->messages, 64);

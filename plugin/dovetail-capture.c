@@ -824,6 +824,7 @@ static bool capture_wanted(struct mailbox *box)
 static int capture_answer(struct capture *c, dovetail_capture_answer_t *answer,
 			  void *context)
 {
+	struct dovetail_change_mailbox *mailbox = &c->change.u.mailbox;
 	struct dovetail_change change;
 	int ret;
 
@@ -834,7 +835,10 @@ static int capture_answer(struct capture *c, dovetail_capture_answer_t *answer,
 	i_zero(&change);
 	change.user = c->change.user;
 	c->view_taken = TRUE;
-	ret = answer(c->box, c->view, &c->change.u.mailbox, &change, context);
+	mailbox->to.index_id = c->box->index->indexid;
+	mailbox->to.file_seq = c->view->log_file_head_seq;
+	mailbox->to.file_offset = c->view->log_file_head_offset;
+	ret = answer(c->box, c->view, mailbox, &change, context);
 	if (ret <= 0)
 		return 1;
 	capture_init_buffers(c);

@@ -99,8 +99,8 @@ enum dovetail_capture_trigger {
    change is queued, or the queued position stays behind and the next capture of
    this mailbox, by whatever process, finds it. */
 void dovetail_capture(struct mailbox *box, enum dovetail_capture_trigger trigger);
-/* Fill in the change to be queued behind everything up to the end of view, which is
-   the mailbox' now; mailbox has its name and so on. The view is the mailbox's
+/* Fill in the change to be queued behind everything up to the end of view; mailbox has
+   its name and so on, and that place as to. The view is the mailbox's
    digest's afterwards (dovetail_mailbox_digest_follow()).
    Returns 1, or 0: there is nothing to say. */
 typedef int dovetail_capture_answer_t(struct mailbox *box,

@@ -5,9 +5,10 @@
 
    The replica asks with the digests of a few ranges of UIDs (COMPARE), the primary
    answers for those that differ with smaller ranges, and at the end with the
-   messages (COMPARED). An answer is about the very place of the log it stands at,
-   and all before it has been applied here: what differs then differs, whatever is
-   written meanwhile. Flags and keywords are set, messages that are missing or others
+   messages (COMPARED). An answer says which place of the mailbox's log it is about.
+   All before that stands before it and has been applied here; if we are further
+   already, because another process was quicker, we ask again: what differs then
+   differs, whatever is written meanwhile. Flags and keywords are set, messages that are missing or others
    are fetched (REQUEST, answered by MESSAGES), messages that only we have are put
    aside and expunged.
 
@@ -701,6 +702,20 @@ static void compare_next(struct compare *c, struct replay_user *user,
 		compare_pass_done(c, user);
 }
 
+/* Has this replica come further than at? */
+static bool compare_is_past(struct mailbox *box, const char *origin,
+			    const struct dovetail_log_pos *at)
+{
+	uint8_t origin_id[DOVETAIL_ORIGIN_ID_SIZE];
+	struct dovetail_position pos;
+
+	dovetail_origin_id(origin, origin_id);
+	return dovetail_position_get(box, &pos) &&
+		memcmp(pos.origin, origin_id, sizeof(origin_id)) == 0 &&
+		pos.applied.index_id == at->index_id &&
+		dovetail_log_pos_cmp(&pos.applied, at) > 0;
+}
+
 void replay_compared(struct replay_user *user, const char *origin,
 		     const struct dovetail_change_compared *compared)
 {
@@ -726,6 +741,10 @@ void replay_compared(struct replay_user *user, const char *origin,
 	if (mailbox_sync(box, 0) < 0) {
 		compare_fail(c, "%s",
 			     mailbox_get_last_internal_error(box, NULL));
+		return;
+	}
+	if (compare_is_past(box, origin, &compared->at)) {
+		compare_ask(c, user, box);
 		return;
 	}
 	array_delete(&c->todo, 0, c->asked_count);
@@ -1134,6 +1153,10 @@ void replay_verify(struct replay_user *user, const char *origin,
 		ret = replay_digest_compare(
 			replay_user_mailbox_digest(user, box), TRUE,
 			&verify->digest, &here);
+		if (ret == 0 && compare_is_past(box, origin, &verify->at)) {
+			/* not the same place: COMPARED will tell */
+			ret = -1;
+		}
 		if (ret > 0) {
 			verify_answer(username, origin, verify,
 				      DOVETAIL_VERIFIED_EQUAL, here.count,

@@ -248,6 +248,9 @@ struct dovetail_change_verify {
 	guid_128_t guid;
 	const char *name;
 	uint32_t uid_validity;
+	/* where the mailbox's log stands: a replica that is further has had
+	   changes since from another process */
+	struct dovetail_log_pos at;
 	struct dovetail_digest digest;
 };
 
@@ -317,6 +320,8 @@ struct dovetail_change_compared {
 	uint32_t number;
 	uint32_t uid_validity, uid_next;
 	uint64_t highest_modseq;
+	/* as in VERIFY */
+	struct dovetail_log_pos at;
 	ARRAY_TYPE(dovetail_range) ranges;
 	/* messages has all messages with these UIDs, ascending, no others */
 	ARRAY_TYPE(seq_range) uids;

@@ -391,6 +391,7 @@ put_verify(buffer_t *buf, const struct dovetail_change_verify *verify)
 	dovetail_wire_put_guid(buf, verify->guid);
 	dovetail_wire_put_str(buf, verify->name);
 	dovetail_wire_put_num(buf, verify->uid_validity);
+	put_pos(buf, &verify->at);
 	put_digest(buf, &verify->digest);
 }
 
@@ -453,6 +454,7 @@ put_compared(buffer_t *buf, const struct dovetail_change_compared *compared)
 	dovetail_wire_put_num(buf, compared->uid_validity);
 	dovetail_wire_put_num(buf, compared->uid_next);
 	dovetail_wire_put_num(buf, compared->highest_modseq);
+	put_pos(buf, &compared->at);
 	put_ranges(buf, &compared->ranges);
 	dovetail_wire_put_uids(buf, &compared->uids);
 	dovetail_wire_put_num(buf, array_count(&compared->messages));
@@ -943,6 +945,7 @@ get_verify(struct decoder *d, struct dovetail_change_verify *verify)
 	get_mailbox_guid(d, verify->guid);
 	verify->name = get_str(d, "name");
 	verify->uid_validity = get_num32(d, "uid_validity");
+	get_pos(d, "at", &verify->at);
 	get_digest(d, &verify->digest);
 }
 
@@ -1038,6 +1041,7 @@ get_compared(struct decoder *d, struct dovetail_change_compared *compared)
 	compared->uid_validity = get_num32(d, "uid_validity");
 	compared->uid_next = get_num32(d, "uid_next");
 	compared->highest_modseq = get_num(d, "highest_modseq");
+	get_pos(d, "at", &compared->at);
 	get_ranges(d, &compared->ranges);
 	p_array_init(&compared->uids, d->pool, 1);
 	dovetail_wire_get_uids(&d->r, &compared->uids);

@@ -234,7 +234,9 @@ text_verify(string_t *str, const struct dovetail_change_verify *verify)
 	str_printfa(str, " number=%u flags=%u", verify->number, verify->flags);
 	text_hex(str, " guid=", verify->guid, GUID_128_SIZE);
 	text_str(str, " name=", verify->name);
-	str_printfa(str, " uid_validity=%u", verify->uid_validity);
+	str_printfa(str, " uid_validity=%u at=%u:%u:%u", verify->uid_validity,
+		    verify->at.index_id, verify->at.file_seq,
+		    verify->at.file_offset);
 	text_digest(str, &verify->digest);
 }
 
@@ -283,9 +285,10 @@ text_compared(string_t *str, const struct dovetail_change_compared *compared)
 
 	text_hex(str, " guid=", compared->guid, GUID_128_SIZE);
 	str_printfa(str, " number=%u uid_validity=%u uid_next=%u "
-		    "highest_modseq=%"PRIu64, compared->number,
+		    "highest_modseq=%"PRIu64" at=%u:%u:%u", compared->number,
 		    compared->uid_validity, compared->uid_next,
-		    compared->highest_modseq);
+		    compared->highest_modseq, compared->at.index_id,
+		    compared->at.file_seq, compared->at.file_offset);
 	text_ranges(str, &compared->ranges);
 	str_append(str, " | uids=");
 	text_uids(str, &compared->uids);

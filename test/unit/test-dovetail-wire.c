@@ -1389,13 +1389,13 @@ static void test_wire_change_memory(void)
 		  "verified: texts", TRUE },
 		{ HEAD("\x0b\x01u" GUID "\0\x07" GUID), 19,
 		  "compare: ranges", TRUE },
-		{ HEAD("\x0c\x01u" GUID "\x07\0\0\0"), 19,
+		{ HEAD("\x0c\x01u" GUID "\x07\0\0\0\0\0\0"), 19,
 		  "compared: ranges", TRUE },
-		{ HEAD("\x0c\x01u" GUID "\x07\0\0\0\0"), 2,
+		{ HEAD("\x0c\x01u" GUID "\x07\0\0\0\0\0\0\0"), 2,
 		  "compared: uids", FALSE },
-		{ HEAD("\x0c\x01u" GUID "\x07\0\0\0\0\x01\0\0"), 19,
+		{ HEAD("\x0c\x01u" GUID "\x07\0\0\0\0\0\0\0\x01\0\0"), 19,
 		  "compared: messages", FALSE },
-		{ HEAD("\x0c\x01u" GUID "\x07\0\0\0\0\x01\0\0\x01"
+		{ HEAD("\x0c\x01u" GUID "\x07\0\0\0\0\0\0\0\x01\0\0\x01"
 		       "\x01\0"), 2, "compared: keywords", FALSE },
 #undef GUID
 #undef HEAD

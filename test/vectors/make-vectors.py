@@ -408,14 +408,14 @@ def shard_change(kind, shard=3, node="node-1.b", number=2**32 - 1, user=""):
 
 
 def verify(number=7, flags=0, guid=GUID_A, name="INBOX",
-           uid_validity=1700000000, digest_=None, user="alice"):
+           uid_validity=1700000000, digest_=None, at=(5, 1, 96), user="alice"):
     digest_ = digest_ or digest()
     return (head(9, user) + num(number) + bytes([flags]) + guid + bstr(name) +
-            num(uid_validity) + digest_[0],
+            num(uid_validity) + b"".join(map(num, at)) + digest_[0],
             "verify user=%s number=%d flags=%d guid=%s name=%s "
-            "uid_validity=%d %s" %
+            "uid_validity=%d at=%d:%d:%d %s" %
             (qstr(user), number, flags, guid.hex(), qstr(name), uid_validity,
-             digest_[1]))
+             *at, digest_[1]))
 
 
 def verified(result=EQUAL, texts=(), node="b", number=7, guid=GUID_A,
@@ -455,15 +455,17 @@ def compared_message(uid, flags=0, keywords=(), hash_=HASH):
 
 
 def compared(ranges=(), uid_ranges=(), messages=(), guid=GUID_A, number=7,
-             uid_validity=1700000000, uid_next=8, modseq=42, user="alice"):
+             uid_validity=1700000000, uid_next=8, modseq=42, at=(5, 1, 96),
+             user="alice"):
     data, text = ranges_(ranges)
     return (head(12, user) + guid + num(number) + num(uid_validity) +
-            num(uid_next) + num(modseq) + data + uids(uid_ranges) +
+            num(uid_next) + num(modseq) + b"".join(map(num, at)) + data +
+            uids(uid_ranges) +
             num(len(messages)) + b"".join(m[0] for m in messages),
             "compared user=%s guid=%s number=%d uid_validity=%d uid_next=%d "
-            "highest_modseq=%d%s | uids=%s" %
+            "highest_modseq=%d at=%d:%d:%d%s | uids=%s" %
             (qstr(user), guid.hex(), number, uid_validity, uid_next, modseq,
-             text, quids(uid_ranges)) + "".join(m[1] for m in messages))
+             *at, text, quids(uid_ranges)) + "".join(m[1] for m in messages))
 
 
 # ---- digests ----
@@ -782,9 +784,9 @@ def bad_verify(bad):
         verify(digest_=digest(count=2**32)), "verify: count")
     data = verify(digest_=digest(count=3))[0]
     for size, field in ((1, "count"), (2, "digest"), (17, "digest"),
-                        (18, "key"), (33, "key"), (34, "uid_validity"),
-                        (39, "name"), (44, "name"), (45, "guid"),
-                        (61, "flags"), (62, "number")):
+                        (18, "key"), (33, "key"), (34, "at"), (36, "at"),
+                        (37, "uid_validity"), (42, "name"), (47, "name"),
+                        (48, "guid"), (64, "flags"), (65, "number")):
         bad("VERIFY cut off, %d bytes from its end" % size, data[:-size],
             "verify: %s is cut off" % field)
     bad("VERIFY with a byte left over", data + b"\x00", "verify: end")
@@ -896,8 +898,9 @@ def bad_compared(f, bad):
         compared(modseq=2**64), "compared: highest_modseq")
     data = compared()[0]
     for size, field in ((1, "messages"), (2, "uids"), (3, "ranges"),
-                        (4, "highest_modseq"), (5, "uid_next"),
-                        (6, "uid_validity"), (11, "number"), (12, "guid")):
+                        (4, "at"), (6, "at"), (7, "highest_modseq"),
+                        (8, "uid_next"), (9, "uid_validity"), (14, "number"),
+                        (15, "guid")):
         bad("COMPARED cut off, %d bytes from its end" % size, data[:-size],
             "compared: %s is cut off" % field)
     # nothing is read behind ranges that are refused
