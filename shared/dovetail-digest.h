@@ -9,15 +9,18 @@
    without looking at what did not change, and the order does not matter.
 
    The key is random, one for each mailbox, and secret: who does not know it cannot
-   make two mailboxes with the same digest. Digests are comparable only with equal
-   keys.
+   make two mailboxes with the same digest, but for keywords: their sum is without
+   key and short, so who chooses keywords can find two sets with the same sum, as
+   alike as equal sets to the digest. Nobody hits upon them by chance. Digests are
+   comparable only with equal keys.
 
      body hash  BLAKE2b-256 of the body with LF line ends (a storage may keep CRLF)
      message    BLAKE2b-128 of: GUID (16 bytes), received date (i64 le), size of
                 the body with LF line ends (u64 le), body hash (32)
-     keywords   sum modulo 2^128 of BLAKE2b-128 of each name, A-Z in lower case
+     keywords   sum modulo 2^128 of BLAKE2b-128 of each name, A-Z in lower case;
+                of it the low 56 bits count, as that is what the index keeps
      element    BLAKE2b-128, with key, of: UID (u32 le), flags (u8),
-                keywords (16, le), message (16)
+                keywords (16, le, the upper 9 are 0), message (16)
      digest     sum modulo 2^128 of the elements as little-endian numbers */
 
 #include "guid.h"

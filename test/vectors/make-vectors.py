@@ -490,6 +490,11 @@ def keyword_sum(keywords):
     return add_128(blake2b_128(k.encode().lower()) for k in keywords)
 
 
+def short_sum(keywords):
+    """what an element has of it"""
+    return keyword_sum(keywords)[:7] + bytes(9)
+
+
 def element(key, uid, flags, keywords, message):
     return blake2b_128(struct.pack("<IB", uid, flags) + keywords + message,
                        key)
@@ -1546,7 +1551,7 @@ Digests; see dovetail-digest.h. All outcomes are 16 bytes, BYTES are
     total("twice the largest", 2**128 - 1, 2**128 - 1)
     total("a carry that comes and goes", 2**127, 2**127, 2**64 - 1, 2**64 - 1)
     total("a mailbox: its elements",
-          *(element(KEY, uid, uid % 32, keyword_sum(["k%d" % uid]),
+          *(element(KEY, uid, uid % 32, short_sum(["k%d" % uid]),
                     message_hash(GUID_A, uid, b"body %d\n" % uid))
             for uid in range(1, 21)))
     return f
