@@ -32,9 +32,9 @@ void dovetail_frame_end(buffer_t *buf, size_t offset)
 static bool dovetail_frame_type_is_known(unsigned int type)
 {
 	return (type >= DOVETAIL_FRAME_HELLO &&
-		type <= DOVETAIL_FRAME_SWEPT) ||
+		type <= DOVETAIL_FRAME_JOB_DONE) ||
 		(type >= DOVETAIL_FRAME_WELCOME &&
-		 type <= DOVETAIL_FRAME_WORK);
+		 type <= DOVETAIL_FRAME_JOB_PAUSE);
 }
 
 int dovetail_frame_parse(const unsigned char *data, size_t size,

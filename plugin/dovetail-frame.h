@@ -54,6 +54,17 @@ enum dovetail_frame_type {
 	/* worker: str user, u8 ok: the sweep of the user that WORK asked for
 	   is over; not ok: try again later */
 	DOVETAIL_FRAME_SWEPT = 10,
+	/* admin: num tag, job (dovetail-job.h). For those who may speak for all
+	   users. Answers: JOB_RESULTs and JOB_PROGRESSes of each worker that
+	   takes part, and its JOB_DONE; REPLY when all are done, or when
+	   there will be no job. If the connection ends, so does the job. */
+	DOVETAIL_FRAME_JOB = 11,
+	/* From a worker, and from the queue to the admin. Worker: num id, admin:
+	   num tag, num slot; then: result, progress, done. A worker sends
+	   progress every second, and before done. */
+	DOVETAIL_FRAME_JOB_RESULT = 12,
+	DOVETAIL_FRAME_JOB_PROGRESS = 13,
+	DOVETAIL_FRAME_JOB_DONE = 14,
 
 	/* --- from the queue */
 	/* num DOVETAIL_FRAME_VERSION, str node */
@@ -67,6 +78,14 @@ enum dovetail_frame_type {
 	DOVETAIL_FRAME_STATUS = 68,
 	/* to a worker: str user: sweep this user, then send SWEPT */
 	DOVETAIL_FRAME_WORK = 69,
+	/* to a worker: num id, job */
+	DOVETAIL_FRAME_JOB_START = 70,
+	/* to a worker: num id, u8: 1: every worker's part was complete, nothing
+	   of the job is to be remembered; 0: nobody waits for it any more */
+	DOVETAIL_FRAME_JOB_END = 71,
+	/* to a worker: num id, u8: 1: the admin does not read its results,
+	   send no more; 0: go on */
+	DOVETAIL_FRAME_JOB_PAUSE = 72,
 };
 
 /* The keys of STATUS rows, which are those of "doveadm dovetail status". There
