@@ -11,6 +11,7 @@
 #include "ostream.h"
 #include "priorityq.h"
 #include "str-sanitize.h"
+#include "dovetail-job.h"
 #include "dovetail-queue-private.h"
 
 #include <pwd.h>
@@ -102,6 +103,19 @@ static void conn_send(struct dovetail_queue_conn *conn, buffer_t *buf,
 		array_push_back(&conn->queue->flush, &conn);
 	}
 	o_stream_nsend(conn->output, buf->data, buf->used);
+}
+
+void dovetail_queue_conn_send(struct dovetail_queue_conn *conn,
+			      enum dovetail_frame_type type,
+			      const buffer_t *payload)
+{
+	T_BEGIN {
+		buffer_t *buf;
+		size_t offset = conn_frame(&buf, type);
+
+		buffer_append_buf(buf, payload, 0, SIZE_MAX);
+		conn_send(conn, buf, offset);
+	} T_END;
 }
 
 static void conn_reply(struct dovetail_queue_conn *conn, uint64_t tag,
@@ -410,6 +424,20 @@ static int conn_handle_sweep(struct dovetail_queue_conn *conn,
 
 /* ---- changes ---- */
 
+/* What it says stands in the mailboxes; all else is questions and answers. */
+static bool change_is_of_mailboxes(const struct dovetail_change *change)
+{
+	switch (change->kind) {
+	case DOVETAIL_CHANGE_MAILBOX:
+	case DOVETAIL_CHANGE_LIST:
+	case DOVETAIL_CHANGE_TREE:
+	case DOVETAIL_CHANGE_SPOOL:
+		return TRUE;
+	default:
+		return FALSE;
+	}
+}
+
 static bool
 change_get_position(const struct dovetail_change *change,
 		    struct dovetail_queue_position_change *position_r)
@@ -549,7 +577,7 @@ static int conn_handle_change(struct dovetail_queue_conn *conn,
 	waiter->tag = tag;
 	waiter->level = level;
 	waiter->frame_size = sizeof(*waiter) + size;
-	waiter->sweep = change.kind != DOVETAIL_CHANGE_REQUEST && !of_shard;
+	waiter->sweep = change_is_of_mailboxes(&change);
 	conn->waiting_bytes += waiter->frame_size;
 	DLLIST_PREPEND_FULL(&conn->waiters, waiter, conn_prev, conn_next);
 
@@ -640,6 +668,19 @@ static int conn_handle_status_get(struct dovetail_queue_conn *conn,
 	return 0;
 }
 
+static int conn_handle_job(struct dovetail_queue_conn *conn,
+			   struct dovetail_wire_reader *r)
+{
+	struct dovetail_job job;
+	uint64_t tag;
+
+	tag = dovetail_wire_get_num(r);
+	if (!dovetail_job_get(r, pool_datastack_create(), &job))
+		return -1;
+	dovetail_queue_job_start(conn->queue, conn, conn->trusted, tag, &job);
+	return 0;
+}
+
 /* ---- workers ---- */
 
 static int conn_handle_report(struct dovetail_queue_conn *conn,
@@ -702,17 +743,33 @@ static int conn_handle_swept(struct dovetail_queue_conn *conn,
 }
 
 struct dovetail_queue_conn *
-dovetail_queue_conns_worker(struct dovetail_queue *queue, unsigned int shard)
+dovetail_queue_conns_find_worker(struct dovetail_queue *queue,
+				 unsigned int shard)
 {
 	struct dovetail_queue_conn *conn;
 
 	/* the newest first: an old process may be about to end */
 	for (conn = queue->workers; conn != NULL; conn = conn->worker_next) {
 		if (!conn->failed && shard % conn->slots == conn->slot)
-			return array_count(&conn->work) < CONN_WORK_MAX ?
-				conn : NULL;
+			return conn;
 	}
 	return NULL;
+}
+
+struct dovetail_queue_conn *
+dovetail_queue_conns_worker(struct dovetail_queue *queue, unsigned int shard)
+{
+	struct dovetail_queue_conn *conn =
+		dovetail_queue_conns_find_worker(queue, shard);
+
+	return conn != NULL && array_count(&conn->work) < CONN_WORK_MAX ?
+		conn : NULL;
+}
+
+unsigned int
+dovetail_queue_conn_get_slot(const struct dovetail_queue_conn *conn)
+{
+	return conn->slot;
 }
 
 void dovetail_queue_conn_work(struct dovetail_queue_conn *conn,
@@ -824,6 +881,14 @@ conn_handle_frame(struct dovetail_queue_conn *conn,
 		return worker ? conn_handle_report(conn, &r) : -1;
 	case DOVETAIL_FRAME_SWEPT:
 		return worker ? conn_handle_swept(conn, &r) : -1;
+	case DOVETAIL_FRAME_JOB:
+		return conn->kind == DOVETAIL_CLIENT_ADMIN ?
+			conn_handle_job(conn, &r) : -1;
+	case DOVETAIL_FRAME_JOB_RESULT:
+	case DOVETAIL_FRAME_JOB_PROGRESS:
+	case DOVETAIL_FRAME_JOB_DONE:
+		return worker ? dovetail_queue_job_answer(conn->queue, conn,
+							  type, &r) : -1;
 	default:
 		return -1;
 	}
@@ -938,6 +1003,7 @@ static void conn_destroy(struct dovetail_queue_conn *conn)
 		dovetail_queue_user_swept(user, FALSE);
 	while (conn->users != NULL)
 		conn_user_free(conn, conn->users);
+	dovetail_queue_jobs_conn_closed(queue, conn);
 	array_free(&conn->work);
 	pool_unref(&conn->report_pool);
 
@@ -1000,6 +1066,8 @@ static int conn_output(struct dovetail_queue_conn *conn)
 		conn_destroy(conn);
 		return 1;
 	}
+	if (ret > 0)
+		dovetail_queue_jobs_flow(conn->queue, conn, 0);
 	if (ret > 0 && conn->halted) {
 		conn->queue->resume = TRUE;
 		conns_resume(conn->queue);
@@ -1023,6 +1091,8 @@ void dovetail_queue_conns_flush(struct dovetail_queue *queue)
 {
 	struct dovetail_queue_conn *conn;
 	unsigned int i;
+	size_t size;
+	int ret;
 
 	dovetail_queue_users_work(queue);
 	while ((i = array_count(&queue->flush)) > 0) {
@@ -1030,11 +1100,13 @@ void dovetail_queue_conns_flush(struct dovetail_queue *queue)
 		array_delete(&queue->flush, i - 1, 1);
 		conn->flushing = FALSE;
 		o_stream_uncork(conn->output);
-		if (o_stream_flush(conn->output) < 0 ||
-		    o_stream_get_buffer_used_size(conn->output) >=
-		    CONN_OUTPUT_MAX_BYTES) {
+		ret = o_stream_flush(conn->output);
+		size = o_stream_get_buffer_used_size(conn->output);
+		if (ret < 0 || size >= CONN_OUTPUT_MAX_BYTES) {
 			conn->failed = TRUE;
 			conn_destroy(conn);
+		} else {
+			dovetail_queue_jobs_flow(queue, conn, size);
 		}
 	}
 	if (queue->resume)

@@ -12,6 +12,7 @@
      dovetail-queue-backlog.c    how much of a stream is not confirmed
      dovetail-queue-acks.c       the replicas' reports
      dovetail-queue-users.c      dirty users and who sweeps them
+     dovetail-queue-jobs.c       verify, repair, seed: from doveadm to workers
      dovetail-queue-status.c     rows for "doveadm dovetail status"
      dovetail-queue-state.c      files in the state directory
 
@@ -50,6 +51,8 @@ struct dovetail_queue;
 struct dovetail_queue_log;
 struct dovetail_queue_conn;
 struct dovetail_queue_peer;
+struct dovetail_queue_job;
+struct dovetail_job;
 
 /* A user is kept while something is known of it. */
 struct dovetail_queue_user {
@@ -272,6 +275,8 @@ struct dovetail_queue {
 	char *marks_error;
 
 	struct dovetail_queue_conn *conns, *workers;
+	struct dovetail_queue_job *jobs;
+	uint64_t last_job_id;
 	/* connections with something to send: flushed at the end of each
 	   callback */
 	ARRAY(struct dovetail_queue_conn *) flush;
@@ -386,7 +391,17 @@ void dovetail_queue_waiter_answer(struct dovetail_queue_waiter **waiter,
 void dovetail_queue_conns_flush(struct dovetail_queue *queue);
 /* Pending bytes became fewer: read again from those who had to wait. */
 void dovetail_queue_conns_resume(struct dovetail_queue *queue);
-/* A worker for the shard that may be given another user, or NULL. */
+/* Send a frame. */
+void dovetail_queue_conn_send(struct dovetail_queue_conn *conn,
+			      enum dovetail_frame_type type,
+			      const buffer_t *payload);
+/* The worker for the shard, or NULL. */
+struct dovetail_queue_conn *
+dovetail_queue_conns_find_worker(struct dovetail_queue *queue,
+				 unsigned int shard);
+unsigned int
+dovetail_queue_conn_get_slot(const struct dovetail_queue_conn *conn);
+/* The same, if it may be given another user. */
 struct dovetail_queue_conn *
 dovetail_queue_conns_worker(struct dovetail_queue *queue, unsigned int shard);
 void dovetail_queue_conn_work(struct dovetail_queue_conn *conn,
@@ -396,6 +411,26 @@ void dovetail_queue_conns_reports(struct dovetail_queue *queue,
 				  void (*callback)(const char *const *fields,
 						   void *context),
 				  void *context);
+
+/* ---- dovetail-queue-jobs.c ---- */
+
+/* An administrator wants a job. trusted: admin may speak for all users. */
+void dovetail_queue_job_start(struct dovetail_queue *queue,
+			      struct dovetail_queue_conn *admin, bool trusted,
+			      uint64_t tag, const struct dovetail_job *set);
+/* A worker's JOB_RESULT, JOB_PROGRESS or JOB_DONE. Returns 0, or -1: it makes no
+   sense. */
+int dovetail_queue_job_answer(struct dovetail_queue *queue,
+			      struct dovetail_queue_conn *worker,
+			      enum dovetail_frame_type type,
+			      struct dovetail_wire_reader *r);
+/* An administrator or a worker has gone. */
+void dovetail_queue_jobs_conn_closed(struct dovetail_queue *queue,
+				     struct dovetail_queue_conn *conn);
+/* unread_size bytes for this client have not been taken by the socket yet. */
+void dovetail_queue_jobs_flow(struct dovetail_queue *queue,
+			      struct dovetail_queue_conn *admin,
+			      size_t unread_size);
 
 /* ---- dovetail-queue-status.c ---- */
 

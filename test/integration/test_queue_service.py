@@ -31,8 +31,9 @@ spec.loader.exec_module(vectors)
 
 num, bstr = vectors.num, vectors.bstr
 HELLO, MARK, CLEAN, SWEEP, CHANGE, POSITION_GET, CHECK, STATUS_GET, REPORT, \
-    SWEPT = range(1, 11)
-WELCOME, REPLY, POSITION, STATUS, WORK = range(65, 70)
+    SWEPT, JOB, JOB_RESULT, JOB_PROGRESS, JOB_DONE = range(1, 15)
+WELCOME, REPLY, POSITION, STATUS, WORK, JOB_START, JOB_END, \
+    JOB_PAUSE = range(65, 73)
 MAIL, WORKER, ADMIN = range(3)
 LOCAL, QUEUED, APPLIED = range(3)
 OK, UNAVAILABLE, NOT_APPLIED, REFUSED = range(4)
@@ -1043,6 +1044,229 @@ def test_reports_of_workers(node):
     with node.client() as client:
         wait_for(lambda: client.status()["from"]["connection"] ==
                  "no replay worker", "the workers to be forgotten")
+
+
+# ---- jobs ----
+
+def job(users="*", flags=0, rate=0, resume=0):
+    return bytes([flags]) + bstr(users) + num(rate) + bytes([resume])
+
+
+def started(worker):
+    """What a worker is to do: its id and the job."""
+    kind, r = worker.read()
+    assert kind == JOB_START
+    return r.num(), r.data[r.pos:]
+
+
+def ended(worker):
+    """The id of a job that is over, and whether it was complete."""
+    kind, r = worker.read()
+    assert kind == JOB_END
+    return r.num(), bool(r.take(1)[0])
+
+
+def done(end=0, text=""):
+    return bytes([end]) + bstr(text)
+
+
+def forwarded(admin):
+    """What the administrator gets: type, tag, slot, the rest."""
+    kind, r = admin.read()
+    return kind, r.num(), r.num(), r.data[r.pos:]
+
+
+def test_job_of_all_users(node):
+    with node.worker(0, 2) as w0, node.worker(1, 2) as w1, \
+            node.client(ADMIN) as admin:
+        admin.send(JOB, num(7), job("*", 5, 1001))
+        ids = set()
+        for worker in w0, w1:
+            number, what = started(worker)
+            ids.add(number)
+            # half of the rate each
+            assert what == job("*", 5, 500)
+        assert len(ids) == 1
+        w1.send(JOB_RESULT, num(number), b"whatever it is")
+        assert forwarded(admin) == (JOB_RESULT, 7, 1, b"whatever it is")
+        w0.send(JOB_PROGRESS, num(number), b"\0\1\2")
+        assert forwarded(admin) == (JOB_PROGRESS, 7, 0, b"\0\1\2")
+        # unknown ids are nobody's
+        w0.send(JOB_RESULT, num(number + 1), b"nothing")
+        w0.send(JOB_DONE, num(number), done())
+        assert forwarded(admin) == (JOB_DONE, 7, 0, done())
+        # and neither is what comes after the end
+        w0.send(JOB_RESULT, num(number), b"late")
+        w1.send(JOB_DONE, num(number), done())
+        assert forwarded(admin) == (JOB_DONE, 7, 1, done())
+        assert admin.reply(7) == (OK, "")
+        assert ended(w0) == ended(w1) == (number, True)
+        # the next one
+        admin.send(JOB, num(8), job())
+        assert started(w0)[0] != number
+        assert started(w1)[1] == job()
+
+
+@pytest.mark.parametrize("user", ["alice", "bob", "carol"])
+def test_job_of_one_user(node, user):
+    with node.worker(0, 2) as w0, node.worker(1, 2) as w1, \
+            node.client(ADMIN) as admin:
+        admin.send(JOB, num(1), job(user))
+        worker, other = (w0, w1) if shard_of(user) == 0 else (w1, w0)
+        number, what = started(worker)
+        assert what == job(user)
+        worker.send(JOB_DONE, num(number), done(2, "who?"))
+        assert forwarded(admin) == (JOB_DONE, 1, shard_of(user),
+                                    done(2, "who?"))
+        assert admin.reply(1) == (OK, "")
+        assert ended(worker) == (number, False)
+        assert other.read(0.2) is None
+
+
+def test_jobs_side_by_side(node):
+    with node.worker() as worker, node.client(ADMIN) as one, \
+            node.client(ADMIN) as two:
+        one.send(JOB, num(1), job("alice"))
+        two.send(JOB, num(1), job("bob"))
+        numbers = {what: number for number, what in
+                   (started(worker), started(worker))}
+        one.send(JOB, num(2), job())
+        code, text = one.reply(2)
+        assert code == UNAVAILABLE and "at a time" in text
+        worker.send(JOB_RESULT, num(numbers[job("bob")]), b"b")
+        assert forwarded(two) == (JOB_RESULT, 1, 0, b"b")
+        worker.send(JOB_RESULT, num(numbers[job("alice")]), b"a")
+        assert forwarded(one) == (JOB_RESULT, 1, 0, b"a")
+
+
+def test_job_without_workers(node):
+    with node.client(ADMIN) as admin:
+        admin.send(JOB, num(1), job())
+        code, text = admin.reply(1)
+        assert code == UNAVAILABLE and "dovetail-replay" in text
+        with node.worker(0, 2) as worker:
+            admin.send(JOB, num(2), job())
+            code, text = admin.reply(2)
+            assert code == UNAVAILABLE and "shard 1" in text
+            assert worker.read(0.2) is None
+
+
+def test_job_without_peers(make_node):
+    with make_node(dovetail_peers="").client(ADMIN) as admin:
+        admin.send(JOB, num(1), job())
+        code, text = admin.reply(1)
+        assert code == UNAVAILABLE and "dovetail_peers" in text
+
+
+def test_job_is_not_for_everybody(node):
+    import pwd
+    user = pwd.getpwnam("daemon")
+    with node.worker() as worker:
+        pid = os.fork()
+        if pid == 0:
+            os.setgid(user.pw_gid)
+            os.setuid(user.pw_uid)
+            with node.client(ADMIN) as admin:
+                admin.send(JOB, num(1), job("daemon"))
+                os._exit(0 if admin.reply(1)[0] == REFUSED else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert worker.read(0.2) is None
+
+
+@pytest.mark.parametrize("data", [
+    b"", num(1), num(1) + job("*")[:-1], num(1) + job("*") + b"\0",
+    num(1) + job(""), num(1) + job("x", resume=1), num(1) + job("*", flags=8)])
+def test_job_that_makes_no_sense(node, data):
+    with node.worker() as worker:
+        with node.client(ADMIN) as admin:
+            admin.send(JOB, data)
+            with pytest.raises((EOFError, ConnectionError)):
+                admin.read()
+        for client in node.client(MAIL), node.worker(1, 2):
+            with client:
+                client.send(JOB, num(1), job())
+                with pytest.raises((EOFError, ConnectionError)):
+                    client.read()
+        assert worker.read(0.2) is None
+        # nor does what a worker says
+        worker.send(JOB_DONE, num(1), done(9))
+        with pytest.raises((EOFError, ConnectionError)):
+            worker.read()
+
+
+def test_job_ends_with_its_administrator(node):
+    with node.worker(0, 2) as w0, node.worker(1, 2) as w1:
+        with node.client(ADMIN) as admin:
+            admin.send(JOB, num(1), job())
+            number, _ = started(w0)
+            started(w1)
+            w0.send(JOB_DONE, num(number), done())
+            assert forwarded(admin)[0] == JOB_DONE
+        assert ended(w0) == ended(w1) == (number, False)
+        # what is still on its way reaches nobody
+        w1.send(JOB_RESULT, num(number), b"x")
+        w1.send(JOB_DONE, num(number), done())
+        assert w1.check()[0] == OK
+
+
+def test_job_loses_a_worker(node):
+    with node.worker(0, 2) as w0, node.client(ADMIN) as admin:
+        with node.worker(1, 2) as w1:
+            admin.send(JOB, num(1), job())
+            number, _ = started(w0)
+            assert started(w1)[0] == number
+        kind, tag, slot, data = forwarded(admin)
+        assert (kind, tag, slot, data[0]) == (JOB_DONE, 1, 1, 1)
+        assert b"dovetail-replay" in data
+        w0.send(JOB_DONE, num(number), done())
+        assert forwarded(admin) == (JOB_DONE, 1, 0, done())
+        assert admin.reply(1) == (OK, "")
+        assert ended(w0) == (number, False)
+
+
+def test_job_of_one_who_does_not_read(node):
+    """The worker is told to wait, and to go on."""
+    with node.worker() as worker, node.client(ADMIN) as admin:
+        admin.send(JOB, num(1), job())
+        number, _ = started(worker)
+        sent = 0
+        while (got := worker.read(0)) is None:
+            worker.send(JOB_RESULT, num(number), b"x" * 1000)
+            sent += 1
+            assert sent < 10000
+        assert got[0] == JOB_PAUSE
+        assert (got[1].num(), got[1].take(1)) == (number, b"\1")
+        wait_for(lambda: worker.check()[0] == OK, "the queue")
+        received = 0
+        while True:
+            got = worker.read(0)
+            if got:
+                assert got[0] == JOB_PAUSE
+                assert (got[1].num(), got[1].take(1)) == (number, b"\0")
+                break
+            if admin.read(0.1):
+                received += 1
+        while received < sent:
+            assert forwarded(admin) == (JOB_RESULT, 1, 0, b"x" * 1000)
+            received += 1
+        worker.send(JOB_DONE, num(number), done())
+        assert forwarded(admin)[0] == JOB_DONE
+        assert admin.reply(1) == (OK, "")
+        assert ended(worker) == (number, True)
+
+
+def test_questions_make_nobody_dirty(node):
+    """What stands in no mailbox needs no sweep when it is lost."""
+    verify = vectors.head(9, "alice") + num(1) + b"\0" + GUID + \
+        bstr("INBOX") + num(1) + bytes(32) + num(0)
+    with node.client() as client, node.worker() as worker:
+        node.redis.stop()
+        wait_for(lambda: client.check()[0] == UNAVAILABLE, "the queue")
+        assert client.change(verify) == UNAVAILABLE
+        assert client.change(delta(1, 2, user="bob")) == UNAVAILABLE
+        node.redis.start()
+        assert worker.work() == "bob"
+        assert worker.work(0.5) is None
 
 
 # ---- clients that do not behave ----
