@@ -16,8 +16,9 @@
 /* How often a tree is sent anew because it changed meanwhile. */
 #define TREE_TRIES 5
 
-/* Send the change and wait as the ack level says. */
-static void list_send(struct dovetail_user *duser,
+/* Send the change and wait as the ack level says. Returns 0, or -1: it could not be
+   queued, and the user is to be swept. */
+static int list_send(struct dovetail_user *duser,
 		      const struct dovetail_change *change)
 {
 	struct dovetail_queue_batch batch;
@@ -42,6 +43,7 @@ static void list_send(struct dovetail_user *duser,
 		dovetail_queue_client_sweep(duser->client,
 					    duser->user->username);
 	}
+	return ret < 0 ? -1 : 0;
 }
 
 static void list_change(struct mailbox *box, enum dovetail_list_action action,
@@ -62,7 +64,7 @@ static void list_change(struct mailbox *box, enum dovetail_list_action action,
 		dovetail_name_to_path(ns, new_vname);
 	change.u.list.uid_validity = uid_validity;
 	change.u.list.uid_next = uid_next;
-	list_send(dbox->duser, &change);
+	(void)list_send(dbox->duser, &change);
 }
 
 static bool list_wanted(struct mailbox *box)
@@ -362,17 +364,21 @@ static bool tree_has_same_mailboxes(const struct dovetail_change_tree *tree1,
 	return TRUE;
 }
 
-int dovetail_plugin_capture_tree(struct mail_user *user, const char **error_r)
+int dovetail_plugin_capture_tree(struct mail_user *user, uint32_t *number,
+				 enum dovetail_verify_flags flags,
+				 const char **error_r)
 {
 	struct dovetail_user *duser = DOVETAIL_USER_CONTEXT(user);
 	struct dovetail_change_tree next;
 	struct dovetail_change change;
 	unsigned int tries = 0;
+	int ret;
 
 	if (duser == NULL || !duser->primary) {
 		*error_r = "This node is not the user's primary";
 		return -1;
 	}
+	i_zero(&next);
 	i_zero(&change);
 	change.kind = DOVETAIL_CHANGE_TREE;
 	change.user = user->username;
@@ -383,11 +389,22 @@ int dovetail_plugin_capture_tree(struct mail_user *user, const char **error_r)
 	do {
 		if (tries++ > 0)
 			change.u.tree = next;
-		list_send(duser, &change);
+		if (number != NULL) {
+			/* the answer to what was wrong is not to be believed */
+			if (++*number == 0)
+				++*number;
+			change.u.tree.number = *number;
+			change.u.tree.flags = flags;
+		}
+		ret = list_send(duser, &change);
 		if (tree_read(user, &next, error_r) < 0)
 			return -1;
 	} while (!tree_has_same_mailboxes(&change.u.tree, &next) &&
 		 tries < TREE_TRIES);
+	if (ret < 0 && number != NULL) {
+		*error_r = "The list of mailboxes could not be queued";
+		return -1;
+	}
 	return 0;
 }
 
@@ -426,7 +443,7 @@ int dovetail_plugin_sweep(struct mail_user *user, bool snapshots,
 		return -1;
 	}
 	duser->unclean = FALSE;
-	ret = dovetail_plugin_capture_tree(user, error_r);
+	ret = dovetail_plugin_capture_tree(user, NULL, 0, error_r);
 
 	t_array_init(&own, 4);
 	for (ns = user->namespaces; ns != NULL; ns = ns->next) {

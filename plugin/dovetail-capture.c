@@ -857,7 +857,7 @@ static void capture_new_user(struct dovetail_user *duser)
 	/* the sweep has the tree, too */
 	if (duser->replaying || duser->unclean)
 		return;
-	if (dovetail_plugin_capture_tree(duser->user, &error) < 0) {
+	if (dovetail_plugin_capture_tree(duser->user, NULL, 0, &error) < 0) {
 		dovetail_queue_client_note(duser->client, duser->event, error);
 		duser->unclean = TRUE;
 		dovetail_queue_client_sweep(duser->client,

@@ -151,8 +151,13 @@ int dovetail_plugin_verify(struct mailbox *box, uint32_t number,
 int dovetail_plugin_compare(struct mailbox *box,
 			    const struct dovetail_change_compare *compare,
 			    const char **error_r);
-/* The same: queue the user's tree. */
-int dovetail_plugin_capture_tree(struct mail_user *user, const char **error_r);
+/* The same: queue the user's tree, to be made equal. number: NULL, or the replicas
+   shall answer, and do what flags say. Each tree that is sent has a number one
+   higher than the one before; that of the last, whose answer counts, is left in
+   *number. */
+int dovetail_plugin_capture_tree(struct mail_user *user, uint32_t *number,
+				 enum dovetail_verify_flags flags,
+				 const char **error_r);
 /* The same: queue the tree and whatever the user's mailboxes have unqueued;
    snapshots: each mailbox whole, for a replica that knows nothing. Returns 0:
    all is queued, or -1 and error_r. */

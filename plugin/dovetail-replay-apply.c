@@ -31,7 +31,11 @@ static struct {
 	int (*compare)(struct mailbox *box,
 		       const struct dovetail_change_compare *compare,
 		       const char **error_r);
-	int (*tree)(struct mail_user *user, const char **error_r);
+	int (*tree)(struct mail_user *user, uint32_t *number,
+		    enum dovetail_verify_flags flags, const char **error_r);
+	int (*verify)(struct mailbox *box, uint32_t number,
+		      enum dovetail_verify_flags flags, uint32_t *messages_r,
+		      const char **error_r);
 	bool (*get_role)(struct mail_user *user, const char **primary_r,
 			 bool *is_primary_r);
 } plugin;
@@ -56,11 +60,13 @@ static int apply_find_plugin(const char **error_r)
 	plugin.compare = module_get_symbol(module, "dovetail_plugin_compare");
 	plugin.tree = module_get_symbol(module,
 		"dovetail_plugin_capture_tree");
+	plugin.verify = module_get_symbol(module, "dovetail_plugin_verify");
 	plugin.get_role = module_get_symbol(module,
 		"dovetail_plugin_get_role");
 	if (plugin.snapshot == NULL || plugin.sweep == NULL ||
 	    plugin.messages == NULL || plugin.compare == NULL ||
-	    plugin.tree == NULL || plugin.get_role == NULL) {
+	    plugin.tree == NULL || plugin.verify == NULL ||
+	    plugin.get_role == NULL) {
 		plugin.get_role = NULL;
 		*error_r = "The dovetail plugin and dovetail-replay are of "
 			"different versions";
@@ -69,8 +75,8 @@ static int apply_find_plugin(const char **error_r)
 	return 0;
 }
 
-static int apply_get_role(struct replay_user *user, const char **primary_r,
-			  bool *is_primary_r, const char **error_r)
+int replay_get_role(struct replay_user *user, const char **primary_r,
+		    bool *is_primary_r, const char **error_r)
 {
 	if (apply_find_plugin(error_r) < 0)
 		return -1;
@@ -101,7 +107,7 @@ static int apply_request(struct replay_user *user,
 		return -1;
 	if (ret == 0) {
 		/* gone: the asker learns that from the tree */
-		return plugin.tree(mail_user, error_r);
+		return plugin.tree(mail_user, NULL, 0, error_r);
 	}
 	if (mailbox_sync(box, 0) < 0) {
 		*error_r = t_strdup(mailbox_get_last_internal_error(box, NULL));
@@ -187,7 +193,8 @@ static int apply_compare(struct replay_user *user, const char *origin,
 		return -1;
 	if (ret == 0) {
 		/* gone: the asker learns that from the tree */
-		return plugin.tree(replay_user_mail_user(user), error_r);
+		return plugin.tree(replay_user_mail_user(user), NULL, 0,
+				   error_r);
 	}
 	if (mailbox_sync(box, 0) < 0) {
 		*error_r = t_strdup(mailbox_get_last_internal_error(box, NULL));
@@ -255,7 +262,7 @@ apply_opened(struct replay_user *user, const char *origin,
 	bool is_primary;
 	int ret;
 
-	if (apply_get_role(user, &primary, &is_primary, error_r) < 0)
+	if (replay_get_role(user, &primary, &is_primary, error_r) < 0)
 		return REPLAY_FAILED;
 	if (change_is_question(change)) {
 		/* With several peers, the question is for the primary. */
@@ -300,6 +307,8 @@ replay_apply(const char *origin, const void *data, size_t size,
 		}
 		return REPLAY_DONE;
 	case DOVETAIL_CHANGE_VERIFIED:
+		if (strcmp(change.u.verified.node, replay.set.node) == 0)
+			replay_job_verified(origin, &change.u.verified);
 		return REPLAY_DONE;
 	case DOVETAIL_CHANGE_SHARD_SWEPT:
 		if (strcmp(change.u.shard.node, replay.set.node) == 0) {
@@ -336,7 +345,7 @@ bool replay_sweep(const char *username)
 		e_error(replay.event, "Cannot sweep: %s", error);
 		return FALSE;
 	}
-	ret = apply_get_role(user, &primary, &is_primary, &error);
+	ret = replay_get_role(user, &primary, &is_primary, &error);
 	/* Somebody else's user by now: nothing of ours to queue. */
 	if (ret == 0 && is_primary) {
 		ret = plugin.sweep(replay_user_mail_user(user), FALSE,
@@ -351,10 +360,22 @@ bool replay_sweep(const char *username)
 	return ret == 0;
 }
 
-/* ---- the state of a user ---- */
+/* ---- our questions ---- */
 
-/* The queue takes changes: what failed is the mailbox's fault. */
-static bool queue_works(void)
+int replay_ask_tree(struct replay_user *user, uint32_t *number,
+		    enum dovetail_verify_flags flags, const char **error_r)
+{
+	return plugin.tree(replay_user_mail_user(user), number, flags, error_r);
+}
+
+int replay_ask_mailbox(struct mailbox *box, uint32_t number,
+		       enum dovetail_verify_flags flags, uint32_t *messages_r,
+		       const char **error_r)
+{
+	return plugin.verify(box, number, flags, messages_r, error_r);
+}
+
+bool replay_queue_works(void)
 {
 	const char *error;
 
@@ -362,6 +383,8 @@ static bool queue_works(void)
 		dovetail_monotonic_usecs() +
 		replay.set.ack_timeout_msecs * 1000ULL, &error) > 0;
 }
+
+/* ---- the state of a user ---- */
 
 /* A snapshot from UIDNEXT on has no message's body in it. */
 static int send_mailbox_state(struct mailbox *box, const char **error_r)
@@ -400,7 +423,7 @@ static int send_namespace_state(struct mail_namespace *ns)
 				e_warning(replay.event, "User %s: Mailbox %s: "
 					"Cannot queue its state: %s",
 					ns->user->username, info->vname, error);
-				ret = queue_works() ? 0 : -1;
+				ret = replay_queue_works() ? 0 : -1;
 			}
 		} T_END;
 		mailbox_free(&box);
@@ -450,7 +473,7 @@ static int send_user_state(struct mail_user *mail_user)
 
 	if (!user_has_mailboxes(mail_user))
 		return 0;
-	if (plugin.tree(mail_user, &error) < 0) {
+	if (plugin.tree(mail_user, NULL, 0, &error) < 0) {
 		e_warning(replay.event, "User %s: Cannot queue the tree: %s",
 			  mail_user->username, error);
 	}
@@ -459,7 +482,7 @@ static int send_user_state(struct mail_user *mail_user)
 		    send_namespace_state(ns) < 0)
 			return -1;
 	}
-	return queue_works() ? 0 : -1;
+	return replay_queue_works() ? 0 : -1;
 }
 
 bool replay_send_state(const char *username)
@@ -474,7 +497,7 @@ bool replay_send_state(const char *username)
 			  error);
 		return TRUE;
 	}
-	if (apply_get_role(user, &primary, &is_primary, &error) == 0 &&
+	if (replay_get_role(user, &primary, &is_primary, &error) == 0 &&
 	    is_primary)
 		ret = send_user_state(replay_user_mail_user(user));
 	replay_user_close(&user);

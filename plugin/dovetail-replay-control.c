@@ -1,7 +1,7 @@
 /* Copyright (c) 2026 dovetail authors, LGPL-2.1-or-later, see COPYING */
 
-/* The connection to dovetail-queue on which it names users to sweep and hears how
-   this worker is doing. Changes and questions go over a connection of their own,
+/* The connection to dovetail-queue on which it names users to sweep and jobs, and
+   hears how this worker is doing. Changes and questions go over a connection of their own,
    as a mail process' do. */
 
 #include "lib.h"
@@ -12,6 +12,7 @@
 #include "net.h"
 #include "ostream.h"
 #include "dovetail-frame.h"
+#include "dovetail-job.h"
 #include "dovetail-replay.h"
 
 #include <unistd.h>
@@ -32,10 +33,10 @@ static struct {
 
 static void control_connect(void *context);
 
-static void control_send(const buffer_t *buf)
+void replay_control_send(const buffer_t *frames)
 {
 	if (control.output != NULL)
-		o_stream_nsend(control.output, buf->data, buf->used);
+		o_stream_nsend(control.output, frames->data, frames->used);
 }
 
 static void control_disconnect(void)
@@ -53,6 +54,7 @@ static void control_disconnect(void)
 	array_foreach_elem(&control.work, user)
 		i_free(user);
 	array_clear(&control.work);
+	replay_jobs_deinit();
 	if (control.to_connect == NULL) {
 		control.to_connect = timeout_add_short(CONTROL_RECONNECT_MSECS,
 						 control_connect, NULL);
@@ -67,7 +69,7 @@ static void control_swept(const char *user, bool ok)
 	dovetail_wire_put_str(buf, user);
 	dovetail_wire_put_u8(buf, ok ? 1 : 0);
 	dovetail_frame_end(buf, offset);
-	control_send(buf);
+	replay_control_send(buf);
 }
 
 /* One user at a time, so that entries of the peers are applied in between. */
@@ -90,23 +92,55 @@ static void control_work(void *context ATTR_UNUSED)
 		control.to_work = timeout_add_short(0, control_work, NULL);
 }
 
-static void control_frame(enum dovetail_frame_type type,
-			  const unsigned char *data, size_t size)
+static void control_add_work(struct dovetail_wire_reader *r)
 {
-	struct dovetail_wire_reader r;
-	char *user;
+	char *user = i_strdup(dovetail_wire_get_str(r,
+						    pool_datastack_create()));
 
-	if (type != DOVETAIL_FRAME_WORK)
-		return;
-	dovetail_wire_reader_init(&r, data, size);
-	user = i_strdup(dovetail_wire_get_str(&r, pool_datastack_create()));
-	if (!dovetail_wire_reader_done(&r)) {
+	if (!dovetail_wire_reader_done(r)) {
 		i_free(user);
 		return;
 	}
 	array_push_back(&control.work, &user);
 	if (control.to_work == NULL)
 		control.to_work = timeout_add_short(0, control_work, NULL);
+}
+
+static void control_frame(enum dovetail_frame_type type,
+			  const unsigned char *data, size_t size)
+{
+	struct dovetail_wire_reader r;
+	struct dovetail_job job;
+	uint64_t id;
+	bool yes;
+
+	dovetail_wire_reader_init(&r, data, size);
+	switch (type) {
+	case DOVETAIL_FRAME_WORK:
+		control_add_work(&r);
+		break;
+	case DOVETAIL_FRAME_STATUS:
+		replay_job_status(&r);
+		break;
+	case DOVETAIL_FRAME_JOB_START:
+		id = dovetail_wire_get_num(&r);
+		if (dovetail_job_get(&r, pool_datastack_create(), &job))
+			replay_job_start(id, &job);
+		break;
+	case DOVETAIL_FRAME_JOB_END:
+	case DOVETAIL_FRAME_JOB_PAUSE:
+		id = dovetail_wire_get_num(&r);
+		yes = dovetail_wire_get_u8(&r) != 0;
+		if (!dovetail_wire_reader_done(&r))
+			break;
+		if (type == DOVETAIL_FRAME_JOB_END)
+			replay_job_end(id, yes);
+		else
+			replay_job_pause(id, yes);
+		break;
+	default:
+		break;
+	}
 }
 
 static void control_input(void *context ATTR_UNUSED)
@@ -149,7 +183,7 @@ static void control_report(void *context ATTR_UNUSED)
 	timeout_remove(&control.to_report);
 	replay_streams_report(buf);
 	dovetail_frame_end(buf, offset);
-	control_send(buf);
+	replay_control_send(buf);
 	buffer_free(&buf);
 }
 
@@ -189,7 +223,7 @@ static void control_connect(void *context ATTR_UNUSED)
 	dovetail_wire_put_num(buf, replay.slot);
 	dovetail_wire_put_num(buf, replay.slots);
 	dovetail_frame_end(buf, offset);
-	control_send(buf);
+	replay_control_send(buf);
 	control_report(NULL);
 }
 

@@ -132,8 +132,8 @@ static bool shard_sweep_step(struct shard_sweep *sweep)
 	const char *error;
 
 	if (!array_is_created(&sweep->users)) {
-		if (replay_users_list(sweep->shard, sweep->pool, &sweep->users,
-				      &error) < 0) {
+		if (replay_users_list("*", 1ULL << sweep->shard, sweep->pool,
+				      &sweep->users, &error) < 0) {
 			e_error(replay.event, "Shard %u: Cannot tell %s the "
 				"state of all users: %s", sweep->shard,
 				shard_sweep_first_asker(sweep), error);

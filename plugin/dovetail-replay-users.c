@@ -6,6 +6,7 @@
 #include "llist.h"
 #include "ioloop.h"
 #include "master-service.h"
+#include "wildcard-match.h"
 #include "mail-storage-private.h"
 #include "mail-storage-service.h"
 #include "mail-namespace.h"
@@ -152,7 +153,7 @@ int replay_user_open(const char *username, struct replay_user **user_r,
 					username) :
 			t_strdup_printf("Cannot open user %s: %s", username,
 					*error_r);
-		return -1;
+		return ret == 0 ? -2 : -1;
 	}
 	/* for quota, ACL and everybody who asks: this is replication */
 	mail_user->dsyncing = TRUE;
@@ -213,10 +214,11 @@ static void replay_user_free(struct replay_user *user)
 	i_free(user);
 }
 
-int replay_users_list(unsigned int shard, pool_t pool,
+int replay_users_list(const char *mask, uint64_t shards, pool_t pool,
 		      ARRAY_TYPE(const_string) *users_r, const char **error_r)
 {
 	const char *name;
+	unsigned int shard;
 	int ret;
 
 	p_array_init(users_r, pool, 128);
@@ -224,7 +226,9 @@ int replay_users_list(unsigned int shard, pool_t pool,
 					   DOVETAIL_COMPAT_ALL_USERS);
 	while ((ret = mail_storage_service_all_next(users.storage_service,
 						    &name)) > 0) {
-		if (dovetail_user_shard(name, replay.set.shards) != shard)
+		shard = dovetail_user_shard(name, replay.set.shards);
+		if ((shards & (1ULL << shard)) == 0 ||
+		    !wildcard_match(name, mask))
 			continue;
 		name = p_strdup(pool, name);
 		array_push_back(users_r, &name);

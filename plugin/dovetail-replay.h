@@ -16,6 +16,7 @@
      dovetail-replay-spool.c    bodies that came ahead of their change
      dovetail-replay-wanted.c   what is lacking here and was asked for
      dovetail-replay-shard.c    answer a peer that lacks entries of our log
+     dovetail-replay-job.c      verify, repair, seed: ask the peers
      dovetail-replay-control.c  the connection to dovetail-queue */
 
 #include "ioloop.h"
@@ -30,7 +31,9 @@ struct istream;
 struct mail_storage_service_ctx;
 struct mail;
 struct replay_user;
+struct dovetail_job;
 struct dovetail_mailbox_digest;
+struct dovetail_wire_reader;
 
 struct replay {
 	struct event *event;
@@ -57,7 +60,8 @@ void replay_users_init(struct mail_storage_service_ctx *storage_service,
 		       bool switch_uids);
 void replay_users_deinit(void);
 /* Open the user, or take the one that is open. The user stays open for the
-   next change. Returns 0, or -1 and error_r (data stack). */
+   next change. Returns 0, or -1 and error_r (data stack); -2: the same, and the
+   reason is that the userdb does not know the user. */
 int replay_user_open(const char *username, struct replay_user **user_r,
 		     const char **error_r);
 /* Done for now: back to the service's own privileges and log prefix. */
@@ -88,12 +92,27 @@ replay_user_mailbox_digest(struct replay_user *user, struct mailbox *box);
 /* Close the mailboxes that are kept open: names are about to change. */
 void replay_user_forget_mailboxes(struct replay_user *user);
 
-/* All users of the userdb whose changes go to the shard, allocated from pool.
+/* All users of the userdb whose names match mask (wildcards * and ?) and whose
+   changes go to one of the shards (bits), allocated from pool.
    Returns 0, or -1 and error_r (data stack). */
-int replay_users_list(unsigned int shard, pool_t pool,
+int replay_users_list(const char *mask, uint64_t shards, pool_t pool,
 		      ARRAY_TYPE(const_string) *users_r, const char **error_r);
 
 /* ---- dovetail-replay-apply.c ---- */
+
+/* This node's role for the user. Returns 0, or -1 and error_r (data stack): there
+   is no plugin, or dovetail is not set up for the user. */
+int replay_get_role(struct replay_user *user, const char **primary_r,
+		    bool *is_primary_r, const char **error_r);
+/* After that: have the replicas answer with VERIFIED: dovetail_plugin_capture_tree()
+   and dovetail_plugin_verify() of dovetail-plugin.h. */
+int replay_ask_tree(struct replay_user *user, uint32_t *number,
+		    enum dovetail_verify_flags flags, const char **error_r);
+int replay_ask_mailbox(struct mailbox *box, uint32_t number,
+		       enum dovetail_verify_flags flags, uint32_t *messages_r,
+		       const char **error_r);
+/* The queue takes changes: what failed is the mailbox's fault. */
+bool replay_queue_works(void);
 
 enum replay_result {
 	/* applied, or had been before */
@@ -123,6 +142,19 @@ void replay_shards_deinit(void);
 /* asker wants the state of all our users of the shard. number comes back with
    the answer. */
 void replay_shard_requested(const char *asker, uint8_t shard, uint32_t number);
+
+/* ---- dovetail-replay-job.c ---- */
+
+/* What dovetail-queue says: DOVETAIL_FRAME_JOB_START, _END, _PAUSE, and STATUS. */
+void replay_job_start(uint64_t id, const struct dovetail_job *set);
+void replay_job_end(uint64_t id, bool complete);
+void replay_job_pause(uint64_t id, bool paused);
+void replay_job_status(struct dovetail_wire_reader *r);
+/* A peer answers us. */
+void replay_job_verified(const char *origin,
+			 const struct dovetail_change_verified *verified);
+/* dovetail-queue has gone, and who wanted the jobs with it. */
+void replay_jobs_deinit(void);
 
 /* ---- dovetail-replay-mailbox.c, dovetail-replay-list.c ---- */
 
@@ -252,6 +284,8 @@ void replay_streams_report(buffer_t *buf);
 
 void replay_control_init(void);
 void replay_control_deinit(void);
+/* Send frames. */
+void replay_control_send(const buffer_t *frames);
 /* Something of the status changed: report it soon. */
 void replay_control_changed(void);
 
