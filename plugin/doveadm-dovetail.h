@@ -1,0 +1,83 @@
+#ifndef DOVEADM_DOVETAIL_H
+#define DOVEADM_DOVETAIL_H
+
+/* What the verbs of "doveadm dovetail" share:
+
+     doveadm-dovetail.c         registration; keygen, peers
+     doveadm-dovetail-status.c  status
+     doveadm-dovetail-queue.c   the connection to dovetail-queue
+
+   Each verb reports a failure with i_error() and doveadm_exit_code, never with
+   i_fatal(), so that doveadm's server and HTTP API survive it. */
+
+#include "doveadm-cmd.h"
+#include "dovetail-frame.h"
+
+struct dovetail_settings;
+struct istream;
+struct ioloop;
+struct io;
+
+/* What stands where there is no value. */
+#define DOVEADM_DOVETAIL_NO_VALUE "-"
+
+/* ---- doveadm-dovetail.c ---- */
+
+/* for _has_args() */
+#define DOVEADM_DOVETAIL_NO_ARGS_PARAM \
+	DOVEADM_CMD_PARAM('\0', "args", CMD_PARAM_ARRAY, \
+		CMD_PARAM_FLAG_POSITIONAL | CMD_PARAM_FLAG_DO_NOT_EXPOSE)
+
+/* Arguments that make no sense: tell which ones do. */
+void doveadm_dovetail_help(const struct doveadm_cmd_context *cctx);
+bool doveadm_dovetail_has_args(const struct doveadm_cmd_context *cctx);
+/* Says what is wrong when it returns -1. */
+int doveadm_dovetail_settings_read(struct dovetail_settings *set_r);
+
+/* ---- the verbs ---- */
+
+extern struct doveadm_cmd_ver2 doveadm_dovetail_cmd_status;
+
+/* ---- doveadm-dovetail-queue.c ---- */
+
+/* How long an answer that comes from the service's memory may take. */
+#define DOVEADM_QUEUE_TIMEOUT_MSECS (5 * 1000)
+
+struct doveadm_queue {
+	/* set before _open(); path: of the service's socket */
+	pool_t pool;
+	const char *path;
+	/* A frame came. FALSE: the conversation is over. */
+	bool (*frame)(enum dovetail_frame_type type,
+		      struct dovetail_wire_reader *r, void *context);
+	void *context;
+
+	/* NULL, or what went wrong, and the exit status */
+	const char *error;
+	int exit_code;
+
+	bool welcomed;
+	struct ioloop *ioloop;
+	struct istream *input;
+	struct io *io;
+};
+
+/* Connect, and send the frames in question. Makes the current ioloop. Returns 0, or
+   -1: failed, nothing is to be closed. */
+int doveadm_queue_open(struct doveadm_queue *queue, const buffer_t *question);
+/* Until the conversation is over or failed. */
+void doveadm_queue_run(struct doveadm_queue *queue);
+void doveadm_queue_close(struct doveadm_queue *queue);
+/* Tell the error, if there is one. */
+void doveadm_queue_report(const struct doveadm_queue *queue);
+
+/* It failed: _run() ends. */
+void doveadm_queue_fail(struct doveadm_queue *queue, int exit_code,
+			const char *error);
+/* A REPLY that is not OK. */
+void doveadm_queue_refused(struct doveadm_queue *queue,
+			   struct dovetail_wire_reader *r);
+/* For timeout_add(). */
+void doveadm_queue_timeout(struct doveadm_queue *queue);
+
+#endif
