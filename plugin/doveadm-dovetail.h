@@ -5,6 +5,7 @@
 
      doveadm-dovetail.c         registration; keygen, peers
      doveadm-dovetail-status.c  status
+     doveadm-dovetail-job.c     verify, repair, seed
      doveadm-dovetail-queue.c   the connection to dovetail-queue
 
    Each verb reports a failure with i_error() and doveadm_exit_code, never with
@@ -37,6 +38,8 @@ int doveadm_dovetail_settings_read(struct dovetail_settings *set_r);
 /* ---- the verbs ---- */
 
 extern struct doveadm_cmd_ver2 doveadm_dovetail_cmd_status;
+extern struct doveadm_cmd_ver2 doveadm_dovetail_cmds_job[];
+extern const unsigned int doveadm_dovetail_cmds_job_count;
 
 /* ---- doveadm-dovetail-queue.c ---- */
 
