@@ -233,6 +233,11 @@ apply_to_replica(struct replay_user *user, const char *origin,
 		result = replay_list(user, origin, &change->u.list, error_r);
 		break;
 	case DOVETAIL_CHANGE_TREE:
+		if (change->u.tree.number != 0) {
+			result = replay_tree_verify(user, origin,
+						    &change->u.tree, error_r);
+			break;
+		}
 		result = replay_tree(user, origin, &change->u.tree, error_r);
 		if (result == REPLAY_DONE)
 			replay_wanted_tree_arrived(change->user,

@@ -668,6 +668,23 @@ tree_has_child(const struct dovetail_change_tree *change, const char *name)
 	return FALSE;
 }
 
+static int tree_init(struct tree *tree, struct replay_user *user,
+		     const char *origin,
+		     const struct dovetail_change_tree *change,
+		     const char **error_r)
+{
+	i_zero(tree);
+	tree->user = user;
+	tree->origin = origin;
+	tree->change = change;
+	dovetail_origin_id(origin, tree->origin_id);
+	t_array_init(&tree->locals, 64);
+	t_array_init(&tree->subscriptions, 64);
+
+	replay_user_forget_mailboxes(user);
+	return tree_read(tree, error_r);
+}
+
 enum replay_result
 replay_tree(struct replay_user *user, const char *origin,
 	    const struct dovetail_change_tree *change, const char **error_r)
@@ -676,16 +693,7 @@ replay_tree(struct replay_user *user, const char *origin,
 	enum replay_result result;
 	struct tree tree;
 
-	i_zero(&tree);
-	tree.user = user;
-	tree.origin = origin;
-	tree.change = change;
-	dovetail_origin_id(origin, tree.origin_id);
-	t_array_init(&tree.locals, 64);
-	t_array_init(&tree.subscriptions, 64);
-
-	replay_user_forget_mailboxes(user);
-	if (tree_read(&tree, error_r) < 0)
+	if (tree_init(&tree, user, origin, change, error_r) < 0)
 		return REPLAY_FAILED;
 	if (array_count(&change->mailboxes) == 0) {
 		/* A user who was never there. If there are mailboxes here,
@@ -708,5 +716,155 @@ replay_tree(struct replay_user *user, const char *origin,
 		result = tree_delete_all_dirs(&tree, error_r);
 	if (result == REPLAY_DONE)
 		result = tree_subscriptions(&tree, error_r);
+	return result;
+}
+
+/* ---- what differs ---- */
+
+static const char *path_for_people(const char *path)
+{
+	return t_str_replace(path, DOVETAIL_NAME_SEP, '/');
+}
+
+static void ATTR_FORMAT(2, 3)
+tree_differs(ARRAY_TYPE(const_string) *texts, const char *fmt, ...)
+{
+	const char *text;
+	va_list args;
+
+	va_start(args, fmt);
+	text = t_strdup_vprintf(fmt, args);
+	va_end(args);
+	array_push_back(texts, &text);
+}
+
+static void tree_compare_mailboxes(const struct tree *tree,
+				   ARRAY_TYPE(const_string) *texts)
+{
+	const struct dovetail_tree_mailbox *tm;
+	const struct tree_local *local, *found;
+
+	array_foreach(&tree->change->mailboxes, tm) {
+		if (guid_128_is_empty(tm->guid))
+			continue;
+		found = NULL;
+		array_foreach(&tree->locals, local) {
+			if (guid_128_equals(local->guid, tm->guid))
+				found = local;
+		}
+		if (found == NULL) {
+			tree_differs(texts, "Mailbox %s is not on %s",
+				     path_for_people(tm->name),
+				     replay.set.node);
+		} else if (strcmp(found->path, tm->name) != 0) {
+			tree_differs(texts, "Mailbox %s is %s on %s",
+				     path_for_people(tm->name),
+				     path_for_people(found->path),
+				     replay.set.node);
+		}
+	}
+	array_foreach(&tree->locals, local) {
+		if (tree_find_guid(tree, local->guid) != NULL)
+			continue;
+		/* INBOX and the like come into being by themselves */
+		if (local->replicated || local->messages > 0) {
+			tree_differs(texts, "Mailbox %s (%u messages) is only "
+				     "on %s", path_for_people(local->path),
+				     local->messages, replay.set.node);
+		}
+	}
+}
+
+static void tree_compare_subscriptions(const struct tree *tree,
+				       ARRAY_TYPE(const_string) *texts)
+{
+	const char *path;
+
+	array_foreach_elem(&tree->change->subscriptions, path) {
+		if (!paths_have(&tree->subscriptions, path)) {
+			tree_differs(texts, "%s is not subscribed on %s",
+				     path_for_people(path), replay.set.node);
+		}
+	}
+	array_foreach_elem(&tree->subscriptions, path) {
+		if (!paths_have(&tree->change->subscriptions, path)) {
+			tree_differs(texts, "%s is subscribed only on %s",
+				     path_for_people(path), replay.set.node);
+		}
+	}
+}
+
+/* Of names that cannot be selected nothing is said: formats disagree about which
+   of them there are. */
+static int tree_compare(struct replay_user *user, const char *origin,
+			const struct dovetail_change_tree *change,
+			ARRAY_TYPE(const_string) *texts, const char **error_r)
+{
+	struct tree tree;
+
+	array_clear(texts);
+	if (tree_init(&tree, user, origin, change, error_r) < 0)
+		return -1;
+	tree_compare_mailboxes(&tree, texts);
+	tree_compare_subscriptions(&tree, texts);
+	return 0;
+}
+
+static void tree_answer(struct replay_user *user, const char *origin,
+			uint32_t number, enum dovetail_verified_result result,
+			ARRAY_TYPE(const_string) *texts)
+{
+	const char *username = replay_user_mail_user(user)->username;
+	struct dovetail_change_verified verified;
+	unsigned int count = array_count(texts);
+	const char *text, *error;
+
+	if (count > DOVETAIL_VERIFIED_TEXTS_MAX) {
+		array_delete(texts, DOVETAIL_VERIFIED_TEXTS_MAX - 1,
+			     count - (DOVETAIL_VERIFIED_TEXTS_MAX - 1));
+		text = t_strdup_printf("... and %u more", count -
+				       (DOVETAIL_VERIFIED_TEXTS_MAX - 1));
+		array_push_back(texts, &text);
+	}
+	i_zero(&verified);
+	verified.node = origin;
+	verified.number = number;
+	verified.result = result;
+	verified.texts = *texts;
+	if (replay_send_verified(username, &verified, &error) < 0) {
+		e_warning(replay.event, "User %s: Cannot answer %s: %s",
+			  username, origin, error);
+	}
+}
+
+enum replay_result
+replay_tree_verify(struct replay_user *user, const char *origin,
+		   const struct dovetail_change_tree *change,
+		   const char **error_r)
+{
+	enum dovetail_verified_result verified = DOVETAIL_VERIFIED_EQUAL;
+	enum replay_result result = REPLAY_DONE;
+	ARRAY_TYPE(const_string) texts;
+	int ret;
+
+	t_array_init(&texts, 8);
+	ret = tree_compare(user, origin, change, &texts, error_r);
+	if (ret == 0 && array_count(&texts) > 0)
+		verified = DOVETAIL_VERIFIED_DIFFERENT;
+	if (verified == DOVETAIL_VERIFIED_DIFFERENT &&
+	    (change->flags & DOVETAIL_VERIFY_REPAIR) != 0) {
+		result = replay_tree(user, origin, change, error_r);
+		ret = result != REPLAY_DONE ? -1 :
+			tree_compare(user, origin, change, &texts, error_r);
+		if (ret == 0 && array_count(&texts) == 0)
+			verified = DOVETAIL_VERIFIED_REPAIRED;
+	}
+	if (ret < 0) {
+		verified = DOVETAIL_VERIFIED_UNKNOWN;
+		array_clear(&texts);
+		array_push_back(&texts, error_r);
+	}
+	tree_answer(user, origin, change->number, verified, &texts);
+	replay_user_forget_mailboxes(user);
 	return result;
 }

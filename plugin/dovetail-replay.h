@@ -192,6 +192,12 @@ replay_list(struct replay_user *user, const char *origin,
 enum replay_result
 replay_tree(struct replay_user *user, const char *origin,
 	    const struct dovetail_change_tree *change, const char **error_r);
+/* A tree with a number: compare it, make it equal only if the flags say so, and
+   answer. What is not _DONE is a repair that failed. */
+enum replay_result
+replay_tree_verify(struct replay_user *user, const char *origin,
+		   const struct dovetail_change_tree *change,
+		   const char **error_r);
 
 /* ---- dovetail-replay-compare.c ---- */
 
