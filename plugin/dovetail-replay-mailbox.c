@@ -899,8 +899,14 @@ static int replay_update_all(struct replay_mailbox_ctx *ctx,
 	}
 	if (exists != NULL)
 		replay_update_snapshot(ctx, exists, mail);
-	else
+	else {
+		/* A change may add a keyword and take it away again. With this
+		   flag Dovecot leaves out the second, comparing with the
+		   index, which does not have the first yet. */
+		t->itrans->flags &=
+			~MAIL_INDEX_TRANSACTION_FLAG_AVOID_FLAG_UPDATES;
 		replay_update_delta(ctx, mail);
+	}
 	mail_free(&mail);
 	if ((ctx->change->flags & DOVETAIL_MAILBOX_MORE) == 0) {
 		dovetail_position_update_applied(ctx->box->index, t->itrans,

@@ -229,6 +229,32 @@ def test_redis_down_and_up(pair, user, end):
     user.wait_equal()
 
 
+def test_there_and_back_again(pair, user):
+    """What is set and taken back while nothing can be sent comes as one
+    change."""
+    pair.expect_errors(NO_REDIS)
+    with user.imap() as session:
+        session.select("INBOX")
+        session.append("INBOX", mail("another"))
+        session.do("NOOP")
+        session.do(r"STORE 1:2 +FLAGS (stays goes \Seen)")
+        user.wait_equal()
+        pair.redis.stop()
+        try:
+            session.do("STORE 1:2 +FLAGS (comes)")
+            session.do("STORE 2 -FLAGS (comes)")
+            session.do("STORE 1:2 -FLAGS (stays)")
+            session.do("STORE 1 +FLAGS (stays)")
+            session.do(r"STORE 1:2 FLAGS (\Answered)")
+            session.do(r"STORE 1 FLAGS (goes \Seen)")
+            session.do(r"STORE 2 +FLAGS (\Flagged)")
+            session.do(r"STORE 2 -FLAGS (\Flagged)")
+        finally:
+            pair.redis.start()
+    user.wait_equal()
+    assert user.flags() == {1: {"goes", r"\Seen"}, 2: {r"\Answered"}}
+
+
 def test_redis_down_and_up_with_many_users(pair, user):
     pair.expect_errors(NO_REDIS)
     users = [pair.user() for _ in range(12)]
