@@ -202,6 +202,14 @@ list_reset_inbox(struct replay_user *user, const char **error_r)
 	return list_finish(&box, ret, MAIL_ERROR_NONE, error_r);
 }
 
+static bool list_exists(struct mailbox *box)
+{
+	enum mailbox_existence existence;
+
+	return mailbox_exists(box, FALSE, &existence) < 0 ||
+		existence != MAILBOX_EXISTENCE_NONE;
+}
+
 /* Give box the name. */
 static enum replay_result
 list_rename_to(struct replay_user *user, struct mailbox **box,
@@ -235,6 +243,12 @@ list_rename_to(struct replay_user *user, struct mailbox **box,
 			result = REPLAY_LACKING;
 		}
 		return result;
+	}
+	if (ret < 0 && harmless == MAIL_ERROR_NOTFOUND &&
+	    mailbox_get_last_mail_error(*box) == MAIL_ERROR_EXISTS &&
+	    !list_exists(*box)) {
+		/* it has the name already: the change is repeated */
+		ret = 0;
 	}
 	return list_finish(box, ret, harmless, error_r);
 }
