@@ -251,6 +251,14 @@ void dovetail_capture_list_mailbox_allocated(struct mailbox *box ATTR_UNUSED,
 
 /* ---- the whole tree ---- */
 
+/* Looking at the box failed: because it does not exist? One whose deletion has
+   begun says so, too, but if the process died with it Dovecot brings it back to
+   life two minutes later. */
+static bool list_is_gone(struct mailbox *box, enum mail_error mail_error)
+{
+	return mail_error == MAIL_ERROR_NOTFOUND && !box->mailbox_deleted;
+}
+
 /* Returns 0, or -1: a mailbox that cannot be opened must not look like one that
    was deleted. */
 static int tree_add_mailbox(struct mail_namespace *ns,
@@ -264,6 +272,7 @@ static int tree_add_mailbox(struct mail_namespace *ns,
 	struct mailbox_metadata metadata;
 	struct mailbox *box;
 	enum mail_error mail_error;
+	bool gone;
 
 	if ((info->flags & MAILBOX_NONEXISTENT) != 0)
 		return 0;
@@ -282,8 +291,9 @@ static int tree_add_mailbox(struct mail_namespace *ns,
 			*error_r = t_strdup_printf("Mailbox %s: %s", info->vname,
 				mailbox_get_last_internal_error(box,
 								&mail_error));
+			gone = list_is_gone(box, mail_error);
 			mailbox_free(&box);
-			return mail_error == MAIL_ERROR_NOTFOUND ? 0 : -1;
+			return gone ? 0 : -1;
 		}
 		mailbox_free(&box);
 	}
@@ -422,7 +432,7 @@ static int sweep_mailbox(struct mailbox *box, bool snapshot,
 	}
 	*error_r = t_strdup_printf("Mailbox %s: %s", box->vname,
 		mailbox_get_last_internal_error(box, &mail_error));
-	return mail_error == MAIL_ERROR_NOTFOUND ? 0 : -1;
+	return list_is_gone(box, mail_error) ? 0 : -1;
 }
 
 int dovetail_plugin_sweep(struct mail_user *user, bool snapshots,
@@ -435,6 +445,7 @@ int dovetail_plugin_sweep(struct mail_user *user, bool snapshots,
 	ARRAY(struct mail_namespace *) own;
 	struct mail_namespace *ns;
 	struct mailbox *box;
+	const char *error;
 	unsigned int i, count;
 	int ret;
 
@@ -451,18 +462,24 @@ int dovetail_plugin_sweep(struct mail_user *user, bool snapshots,
 			array_push_back(&own, &ns);
 	}
 	namespaces = array_get(&own, &count);
-	for (i = 0; i < count && ret == 0; i++) {
+	/* what fails does not keep the rest from being sent, while the queue
+	   takes it */
+	for (i = 0; i < count && !duser->unclean; i++) {
 		iter = mailbox_list_iter_init(namespaces[i]->list, "*",
 			MAILBOX_LIST_ITER_RAW_LIST |
 			MAILBOX_LIST_ITER_NO_AUTO_BOXES);
-		while (ret == 0 &&
+		while (!duser->unclean &&
 		       (info = mailbox_list_iter_next(iter)) != NULL) {
 			if ((info->flags & (MAILBOX_NOSELECT |
 					    MAILBOX_NONEXISTENT)) != 0)
 				continue;
 			box = mailbox_alloc(namespaces[i]->list, info->vname,
 					    MAILBOX_FLAG_IGNORE_ACLS);
-			ret = sweep_mailbox(box, snapshots, error_r);
+			if (sweep_mailbox(box, snapshots, &error) < 0 &&
+			    ret == 0) {
+				*error_r = error;
+				ret = -1;
+			}
 			mailbox_free(&box);
 		}
 		if (mailbox_list_iter_deinit(&iter) < 0 && ret == 0) {

@@ -400,7 +400,8 @@ static int send_mailbox_state(struct mailbox *box, const char **error_r)
 	if (mailbox_sync(box, MAILBOX_SYNC_FLAG_FULL_READ) < 0) {
 		*error_r = t_strdup(mailbox_get_last_internal_error(box,
 								    &mail_error));
-		return mail_error == MAIL_ERROR_NOTFOUND ? 0 : -1;
+		return mail_error == MAIL_ERROR_NOTFOUND &&
+			!box->mailbox_deleted ? 0 : -1;
 	}
 	mailbox_get_open_status(box, STATUS_UIDNEXT, &status);
 	return plugin.snapshot(box, status.uidnext, error_r);
