@@ -24,6 +24,7 @@ class Message:
     modseq: int
     sha256: str = None
     body: bytes = None
+    subject: str = None
     guid: str = None
     received: str = None
     saved: str = None
@@ -87,13 +88,15 @@ def parse_fetch(rows):
         if body is None and b'BODY[] ""' in text:
             body = b""
         flags, = re.search(rb"FLAGS \(([^)]*)\)", text).groups()
+        subject = body and re.search(rb"(?im)^Subject: (.*?)\r?$", body)
         messages[int(re.search(rb"UID (\d+)", text)[1])] = Message(
             flags=frozenset(flags.decode().split()) - {"\\Recent"},
             internaldate=re.search(rb'INTERNALDATE "([^"]*)"',
                                    text)[1].decode(),
             modseq=int(re.search(rb"MODSEQ \((\d+)\)", text)[1]),
             sha256=None if body is None else hashlib.sha256(body).hexdigest(),
-            body=body)
+            body=body, subject=subject[1].decode(errors="replace")
+            if subject else None)
     return messages
 
 
