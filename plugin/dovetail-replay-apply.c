@@ -231,6 +231,14 @@ apply_to_replica(struct replay_user *user, const char *origin,
 		return REPLAY_DONE;
 	case DOVETAIL_CHANGE_LIST:
 		result = replay_list(user, origin, &change->u.list, error_r);
+		if (result == REPLAY_DONE &&
+		    change->u.list.action == DOVETAIL_LIST_DELETE &&
+		    !guid_128_is_empty(change->u.list.guid)) {
+			/* what was asked for and is on its way must not make
+			   it again */
+			replay_wanted_arrived(change->user,
+					      change->u.list.guid);
+		}
 		break;
 	case DOVETAIL_CHANGE_TREE:
 		if (change->u.tree.number != 0) {
