@@ -458,6 +458,40 @@ tree_find_guid(const struct tree *tree, const guid_128_t guid)
 	return NULL;
 }
 
+static const struct tree_local *
+tree_find_local(const struct tree *tree, const guid_128_t guid)
+{
+	const struct tree_local *local;
+
+	array_foreach(&tree->locals, local) {
+		if (guid_128_equals(local->guid, guid))
+			return local;
+	}
+	return NULL;
+}
+
+/* A mailbox that is here under another name has to get a place above path. While
+   something is below it, the place is a name that cannot be selected, and
+   nothing can be renamed to it. */
+static bool tree_parent_comes(const struct tree *tree, const char *path)
+{
+	const struct dovetail_tree_mailbox *tm;
+	const struct tree_local *local;
+	size_t len;
+
+	array_foreach(&tree->change->mailboxes, tm) {
+		len = strlen(tm->name);
+		if (guid_128_is_empty(tm->guid) ||
+		    strncmp(path, tm->name, len) != 0 ||
+		    path[len] != DOVETAIL_NAME_SEP)
+			continue;
+		local = tree_find_local(tree, tm->guid);
+		if (local != NULL && strcmp(local->path, tm->name) != 0)
+			return TRUE;
+	}
+	return FALSE;
+}
+
 /* Mailboxes whose name the primary gave to something else step aside, so that
    names can be exchanged. */
 static enum replay_result
@@ -471,7 +505,9 @@ tree_move_aside(struct tree *tree, const char **error_r)
 
 	array_foreach(&tree->locals, local) {
 		tm = tree_find_guid(tree, local->guid);
-		if (tm == NULL || strcmp(tm->name, local->path) == 0)
+		if (tm == NULL ||
+		    (strcmp(tm->name, local->path) == 0 &&
+		     !tree_parent_comes(tree, local->path)))
 			continue;
 		if (strcmp(local->path, "INBOX") == 0) {
 			result = list_reset_inbox(tree->user, error_r);
@@ -717,6 +753,8 @@ replay_tree(struct replay_user *user, const char *origin,
 	result = tree_delete_gone(&tree, error_r);
 	if (result == REPLAY_DONE)
 		result = tree_move_aside(&tree, error_r);
+	if (result == REPLAY_DONE)
+		result = tree_delete_all_dirs(&tree, error_r);
 	array_foreach(&change->mailboxes, tm) {
 		if (result == REPLAY_DONE && !guid_128_is_empty(tm->guid))
 			result = tree_place(&tree, tm, error_r);

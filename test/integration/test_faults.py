@@ -412,6 +412,26 @@ def test_deletion_of_an_empty_folder_is_lost(pair, user):
     user.wait_equal()
 
 
+def test_rename_of_a_parent_is_lost(pair, user):
+    """Its child came alone, and stands where the parent has to."""
+    with user.imap() as session:
+        for name in ("one", "two"):
+            session.do("CREATE", name)
+            session.append(name, mail(name))
+        user.wait_equal()
+        with pair.b.paused("dovetail-replay"):
+            # the answer to a question that is open already
+            session.append("INBOX", mail("on its way"))
+            before = log_entries(pair)
+            session.do("RENAME", "one", "parent")
+            lost = log_entries(pair) - before
+            session.do("RENAME", "two", "parent/two")
+            for key, entry in lost:
+                pair.redis.cli("xdel", key, entry)
+        session.append("INBOX", mail("after it"))
+    user.wait_equal()
+
+
 def test_changes_that_undo_each_other(pair, user):
     """They come to the replica all at once. Its MODSEQs, too, must not be
     lower than the primary's."""
