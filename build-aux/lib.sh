@@ -231,7 +231,8 @@ copy_source() {
 	else
 		# an unpacked tarball, or there is no git
 		clean=yes
-		tar -C "$top" -cf "$tmp/src.tar" --exclude=./.git .
+		tar -C "$top" -cf "$tmp/src.tar" --exclude=./.git \
+			--exclude=./test/fuzz/work .
 	fi || return 1
 	tar -C "$tmp/src" --no-same-owner -xf "$tmp/src.tar" || return 1
 	rm -f "$tmp/src.tar" "$files"
@@ -248,6 +249,7 @@ clean_source() {
 		-name '*.log' -o -name .libs -o -name .deps -o \
 		-name Makefile -o -name __pycache__ -o \
 		-path './test/unit/test-dovetail-*' ! -name '*.[ch]' -o \
+		-path './test/fuzz/fuzz-*' ! -name '*.[ch]' -o \
 		-path './plugin/dovetail-*' ! -name '*.[ch]' \) \
 		-prune -exec rm -rf {} +)
 }
