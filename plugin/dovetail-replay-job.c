@@ -39,14 +39,16 @@
 
 /* Questions of a job that are open at once. */
 #define JOB_QUESTIONS_MAX 64
-/* How often a mailbox is asked about before it counts as different. */
+/* How often a mailbox is asked about before it counts as different, or as not
+   answered. */
 #define JOB_TRIES 3
 #define JOB_TRY_AGAIN_USECS 500000
-/* How long an answer may take when a peer has come to the question; to repair, it
-   asks for messages first. */
-#define JOB_ANSWER_SECS 60
-#define JOB_REPAIR_SECS 600
-#define JOB_REPAIR_MESSAGES_PER_SEC 100
+/* How long an answer may take when a peer has come to the question. Then it is lost,
+   and asked for again. A peer that reads messages for it, or asks us for some, takes
+   longer. */
+#define JOB_ANSWER_SECS 20
+#define JOB_SLOW_ANSWER_SECS 600
+#define JOB_SLOW_MESSAGES_PER_SEC 100
 /* A peer that has confirmed nothing at all for so long is away. */
 #define JOB_PEER_AWAY_SECS 60
 /* Questions that are older have us look how far the peers are. */
@@ -518,42 +520,54 @@ void replay_job_verified(const char *origin,
 
 /* ---- answers that do not come ---- */
 
+static bool job_peer_is_away(unsigned int peer_idx)
+{
+	return dovetail_monotonic_usecs() >= jobs.peers[peer_idx].moved_usecs +
+		JOB_PEER_AWAY_SECS * USECS_PER_SEC;
+}
+
 /* Has the peer had the time to answer? What stands before a question in our log
    comes first: while it is not confirmed, that can be long. */
 static bool job_is_late(const struct replay_job *job,
 			const struct job_question *q, unsigned int peer_idx)
 {
-	const struct job_peer *peer = &jobs.peers[peer_idx];
-	uint64_t now = dovetail_monotonic_usecs();
 	uint64_t since = q->usecs, secs = JOB_ANSWER_SECS;
 
-	if (now < q->usecs + JOB_ANSWER_SECS * USECS_PER_SEC)
-		return FALSE;
-	if (now >= peer->moved_usecs + JOB_PEER_AWAY_SECS * USECS_PER_SEC)
+	if (job_peer_is_away(peer_idx))
 		return TRUE;
-	if ((job->set.flags & DOVETAIL_VERIFY_REPAIR) != 0) {
+	if (job->set.flags != 0) {
 		/* one after the other */
 		since = I_MAX(since, job->answered_usecs[peer_idx]);
-		secs = JOB_REPAIR_SECS +
-			q->messages / JOB_REPAIR_MESSAGES_PER_SEC;
+		secs = JOB_SLOW_ANSWER_SECS +
+			q->messages / JOB_SLOW_MESSAGES_PER_SEC;
 	}
-	return now >= since + peer->lag_usecs + secs * USECS_PER_SEC;
+	return dovetail_monotonic_usecs() >= since +
+		jobs.peers[peer_idx].lag_usecs + secs * USECS_PER_SEC;
 }
 
-static void job_answer_late(struct replay_job *job, struct job_question *q,
+/* The answer was lost, or the peer is away. Returns TRUE when it is to be asked
+   again. */
+static bool job_answer_late(struct replay_job *job, struct job_question *q,
 			    unsigned int peer_idx)
 {
 	const char *peer = replay.set.peers[peer_idx];
+	bool away = job_peer_is_away(peer_idx);
 
+	if (!away && q->tries < JOB_TRIES &&
+	    job->end == DOVETAIL_JOB_COMPLETE) {
+		q->again = TRUE;
+		q->usecs = dovetail_monotonic_usecs();
+		return TRUE;
+	}
 	job_answer_set(q, peer_idx, DOVETAIL_VERIFIED_UNKNOWN);
-	job_answer_add_text(q, peer_idx, t_strdup_printf(
-		"No answer from %s within %"PRIu64" s", peer,
-		(dovetail_monotonic_usecs() - q->usecs) / USECS_PER_SEC));
+	job_answer_add_text(q, peer_idx, t_strdup_printf("No answer from %s%s",
+		peer, away ? ", which confirms nothing" : ""));
 	if (job->answered_usecs[peer_idx] < q->usecs) {
 		job_stop(job, DOVETAIL_JOB_FAILED, t_strdup_printf(
 			"Node %s answers nothing (see \"doveadm dovetail "
 			"status\", here and there)", peer));
 	}
+	return FALSE;
 }
 
 static void job_check_late(struct replay_job *job)
@@ -564,17 +578,15 @@ static void job_check_late(struct replay_job *job)
 
 	for (q = job->questions_head; q != NULL; q = next) {
 		next = q->next;
-		if (q->again)
-			continue;
 		late = FALSE;
-		for (i = 0; replay.set.peers[i] != NULL; i++) {
-			if (q->answers[i].result == 0 &&
-			    job_is_late(job, q, i)) {
-				job_answer_late(job, q, i);
-				late = TRUE;
-			}
+		for (i = 0; !q->again && replay.set.peers[i] != NULL; i++) {
+			if (q->answers[i].result != 0 || !job_is_late(job, q, i))
+				continue;
+			late = TRUE;
+			if (job_answer_late(job, q, i))
+				break;
 		}
-		if (late)
+		if (late && !q->again)
 			job_question_answered(job, q);
 	}
 }
@@ -674,6 +686,7 @@ job_ask_mailbox(struct replay_job *job, struct job_question *q,
 	struct mail_namespace *ns = mail_namespace_find(
 		replay_user_mail_user(user)->namespaces, q->mailbox);
 	enum job_asked asked = JOB_ASKED_FAILED;
+	enum mailbox_existence existence;
 	enum mail_error mail_error;
 	struct mailbox *box;
 	int ret;
@@ -694,6 +707,9 @@ job_ask_mailbox(struct replay_job *job, struct job_question *q,
 					 &q->messages, error_r);
 		if (ret >= 0)
 			asked = ret > 0 ? JOB_ASKED : JOB_ASKED_LATER;
+		else if (mailbox_exists(box, FALSE, &existence) == 0 &&
+			 existence == MAILBOX_EXISTENCE_NONE)
+			asked = JOB_ASKED_GONE;
 	}
 	mailbox_free(&box);
 	return asked;
