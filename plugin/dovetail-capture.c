@@ -605,6 +605,8 @@ static int capture_log(struct capture *c, const struct dovetail_log_pos *from,
 	if (ret <= 0)
 		return ret;
 
+	/* what is not worth a change belongs to the next one */
+	*sent_r = mailbox->from;
 	if ((c->ops != NULL && c->ops->used > 0) ||
 	    from->file_seq != end->file_seq ||
 	    end->file_offset - from->file_offset > CAPTURE_SKIP_SIZE) {
@@ -617,13 +619,10 @@ static int capture_log(struct capture *c, const struct dovetail_log_pos *from,
 				mail_index_get_header(c->view)->next_uid;
 			capture_add_digest(c);
 		}
+		*sent_r = mailbox->to;
 		if (capture_flush(c) < 0)
 			return -1;
 	}
-	if (!c->deferred)
-		*sent_r = *end;
-	else
-		*sent_r = mailbox->from;
 	return 1;
 }
 
