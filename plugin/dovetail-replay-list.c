@@ -540,7 +540,12 @@ tree_delete_gone(struct tree *tree, const char **error_r)
 	array_foreach(&tree->locals, local) {
 		if (tree_find_guid(tree, local->guid) != NULL)
 			continue;
-		if (!local->replicated) {
+		/* An empty one that was deleted here before was made again by
+		   a tree that came late, perhaps into an index that did not
+		   live to say whose it is. */
+		if (!local->replicated &&
+		    (local->messages > 0 ||
+		     !replay_mailbox_was_deleted(tree->user, local->guid))) {
 			if (local->messages > 0) {
 				e_warning(replay.event, "User %s: Mailbox %s "
 					"is only here, not at the primary: "

@@ -53,9 +53,7 @@ struct replay_mailbox_ctx {
 
 /* ---- find or make the mailbox ---- */
 
-/* Was a mailbox with this GUID deleted here? Then a change of it that arrives
-   late must not bring it back. */
-static bool replay_was_deleted(struct replay_user *user, const guid_128_t guid)
+bool replay_mailbox_was_deleted(struct replay_user *user, const guid_128_t guid)
 {
 	struct mail_namespace *ns;
 	struct mailbox_log *log;
@@ -163,7 +161,8 @@ replay_mailbox_get(struct replay_mailbox_ctx *ctx, bool wanted)
 		return REPLAY_FAILED;
 	if (ret > 0)
 		return REPLAY_DONE;
-	if (!wanted && replay_was_deleted(ctx->user, change->guid)) {
+	/* a change that arrives late must not bring it back */
+	if (!wanted && replay_mailbox_was_deleted(ctx->user, change->guid)) {
 		ctx->box = NULL;
 		return REPLAY_DONE;
 	}

@@ -179,6 +179,9 @@ int replay_mailbox_add_messages(struct replay_user *user, const char *origin,
 				struct mailbox *box,
 				const struct dovetail_change_mailbox *change,
 				bool *rebuild_r, const char **error_r);
+/* Was a mailbox with this GUID deleted here before? */
+bool replay_mailbox_was_deleted(struct replay_user *user,
+				const guid_128_t guid);
 /* Make the replica of origin's mailbox, or let an empty one of this name become
    it. Returns 1: done.  0: another mailbox stands there.  -1: error_r. */
 int replay_mailbox_create(struct replay_user *user, const char *origin,
