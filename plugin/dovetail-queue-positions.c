@@ -35,9 +35,9 @@ struct mailbox_position {
 	uint32_t index_id;
 	/* empty when nothing is known */
 	struct span stored;
-	/* a change from here on failed, and nothing has covered it since */
-	struct place hole;
-	bool have_hole;
+	/* Changes in here failed, and what was stored since does not cover it;
+	   empty when there are none. hole.hi is the end of the last of them. */
+	struct span hole;
 	/* NULL when nothing is on its way */
 	struct pending *pending;
 };
@@ -103,6 +103,30 @@ static void span_add(struct span *span, const struct span *more)
 		span->lo = more->lo;
 	if (place_cmp(more->hi, span->hi) > 0)
 		span->hi = more->hi;
+}
+
+static void hole_add(struct span *hole, const struct span *failed)
+{
+	if (span_is_empty(hole)) {
+		*hole = *failed;
+		return;
+	}
+	if (place_cmp(failed->lo, hole->lo) < 0)
+		hole->lo = failed->lo;
+	if (place_cmp(failed->hi, hole->hi) > 0)
+		hole->hi = failed->hi;
+}
+
+/* The outcomes come in the order of the log, so a hole is filled from its start;
+   what begins before it need not reach over all of it. */
+static void hole_fill(struct span *hole, const struct span *stored)
+{
+	if (span_is_empty(hole) || place_cmp(stored->lo, hole->lo) > 0)
+		return;
+	if (place_cmp(stored->hi, hole->hi) >= 0)
+		i_zero(hole);
+	else if (place_cmp(stored->hi, hole->lo) > 0)
+		hole->lo = stored->hi;
 }
 
 static struct span
@@ -201,7 +225,7 @@ position_get(struct dovetail_queue_positions *table, const guid_128_t id,
 	} else if (mp->index_id != index_id) {
 		mp->index_id = index_id;
 		i_zero(&mp->stored);
-		mp->have_hole = FALSE;
+		i_zero(&mp->hole);
 		i_free(mp->pending);
 	}
 	return mp;
@@ -328,17 +352,14 @@ void dovetail_queue_positions_done(struct dovetail_queue_positions *table,
 	if (!stored && change->snapshot) {
 		/* what was known is as true as before */
 	} else if (!stored) {
-		if (!mp->have_hole || place_cmp(span.lo, mp->hole) < 0)
-			mp->hole = span.lo;
-		mp->have_hole = TRUE;
+		hole_add(&mp->hole, &span);
 	} else if (change->snapshot) {
 		/* says all there is up to hi */
 		mp->stored = span;
-		mp->have_hole = FALSE;
+		i_zero(&mp->hole);
 	} else {
 		span_add(&mp->stored, &span);
-		if (mp->have_hole && place_cmp(span.lo, mp->hole) <= 0)
-			mp->have_hole = FALSE;
+		hole_fill(&mp->hole, &span);
 	}
 }
 
@@ -350,7 +371,7 @@ bool dovetail_queue_positions_get(struct dovetail_queue_positions *table,
 
 	i_zero(pos_r);
 	mp = position_lookup(table, id);
-	if (mp == NULL || mp->index_id != index_id || mp->have_hole ||
+	if (mp == NULL || mp->index_id != index_id || !span_is_empty(&mp->hole) ||
 	    span_is_empty(&mp->stored))
 		return FALSE;
 	pos_r->index_id = index_id;

@@ -177,6 +177,24 @@ static void test_failures(void)
 	test_assert(position(9) == 0 && is_new(10, 30));
 	store(10, 30);
 	test_assert(position(9) == 30);
+	/* what begins before a failed change and does not reach over it */
+	done(30, 50, GROUP(1), FALSE);
+	store(20, 30);
+	test_assert(position(9) == 0);
+	store(30, 40);
+	store(50, 60);
+	test_assert(position(9) == 0 && is_new(30, 60) && is_stored(50, 60));
+	store(25, 45);
+	test_assert(position(9) == 0);
+	store(45, 60);
+	test_assert(position(9) == 60);
+	/* two failed */
+	done(60, 70, GROUP(1), FALSE);
+	done(80, 90, GROUP(2), FALSE);
+	store(60, 80);
+	test_assert(position(9) == 0);
+	store(60, 90);
+	test_assert(position(9) == 90);
 	dovetail_queue_positions_deinit(&table);
 	test_end();
 }
