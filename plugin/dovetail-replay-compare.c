@@ -949,21 +949,6 @@ bool replay_compare_takes_gap(const char *user, const guid_128_t guid)
 	return TRUE;
 }
 
-unsigned int replay_compare_count(const char *origin)
-{
-	struct compare *c;
-	unsigned int count = 0;
-
-	if (!array_is_created(&compares))
-		return 0;
-	array_foreach_elem(&compares, c) {
-		if (strcmp(c->origin, origin) == 0 &&
-		    (c->state != COMPARE_RESTING || c->again))
-			count++;
-	}
-	return count;
-}
-
 /* ---- time ---- */
 
 static void compare_wait(struct compare *c)

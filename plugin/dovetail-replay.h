@@ -223,8 +223,6 @@ replay_compare_messages(struct replay_user *user, const char *origin,
 /* A change of the mailbox does not fit. TRUE: it is being compared, and cares for
    that. */
 bool replay_compare_takes_gap(const char *user, const guid_128_t guid);
-/* How many mailboxes of the origin's users are being compared or repaired. */
-unsigned int replay_compare_count(const char *origin);
 int replay_send_verified(const char *user,
 			 const struct dovetail_change_verified *verified,
 			 const char **error_r);
