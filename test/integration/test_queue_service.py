@@ -1273,7 +1273,7 @@ def test_questions_make_nobody_dirty(node):
 
 def test_endless_reports(node):
     """What workers report has to fit into the answer to STATUS_GET."""
-    long = "x" * 2000000
+    long = "x" * 3000000
 
     def row(**fields):
         fields = {"peer": "b", **fields}
@@ -1281,11 +1281,11 @@ def test_endless_reports(node):
             bstr(k) + bstr(v) for k, v in fields.items())
 
     with node.worker(0, 2) as w0, node.worker(1, 2) as w1:
-        w0.send(REPORT, num(1), row(connection=long, error=long))
-        w1.send(REPORT, num(8000), b"".join(
+        w0.send(REPORT, num(1), row(connection=long))
+        w1.send(REPORT, num(1001), row(error=long), b"".join(
             row(rejected_reasons=" ".join(
                 "%s%d-%d=1" % ("y" * 20, i, j) for j in range(15)))
-            for i in range(8000)))
+            for i in range(1000)))
         for worker in w0, w1:
             assert worker.check()[0] == OK
         told = w0.status()["from"]
