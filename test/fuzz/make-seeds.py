@@ -129,14 +129,14 @@ def url():
 
 
 def state():
-    chain = bytes(range(56))
-    log = b"DVTLLOG1" + chain
+    chain = bytes(range(104))
+    log = b"DVTLLOG2" + chain
     log += hashlib.blake2b(log, digest_size=16).digest()
     yield b"\0" + log
     yield b"\0" + log[:-1]
     yield b"\0" + log + b"more"
     yield b"\1" + chain + u16(9) + b"\1"
-    yield b"\1" + chain + u16(79) + b"\0"
+    yield b"\1" + chain + u16(127) + b"\0"
     long = "x" * 201
     hashed = "%-" + hashlib.blake2b(long.encode(), digest_size=16).hexdigest()
     yield b"\2" + b"".join(
@@ -236,6 +236,20 @@ def queue():
         do(10, 0, b"\2") + sent(10, string("jane"), b"\1", whom=2) + report + \
         status + sent(2, string("joe")) + do(3) + do(10, 0, b"\5") + \
         do(3, 2) + status
+    admin = sent(1, num(1), num(4713), b"\2")
+    numbers = b"\0" + bytes(range(10))
+    done = sent(14, num(1), numbers, whom=2) + \
+        sent(13, num(1), numbers, whom=2) + \
+        sent(14, num(1), b"\0", string(""), whom=2)
+    result = sent(12, num(1), string("jane"), string("INBOX"), string("b"),
+                  b"\2", num(7), num(1), string("UID 3: flags"), whom=2)
+    for users in ["jane", "*"]:
+        job = sent(11, num(1), b"\4", string(users), num(0), b"\0")
+        yield begin + do(0, 2) + worker + admin + job + result + done
+        yield begin + do(0, 2) + worker + admin + job + result + do(3, 2)
+        yield begin + do(0, 2) + worker + admin + job * 2 + result + do(3) + \
+            result + done
+        yield begin + admin + job + sent(2, string("jane"), num(3))
     yield do(0, 1) + do(2, 1, b"\1", block(num(1) + num(1) + b"\0")) + \
         sent(2, string("stranger")) + sent(2, string("jane")) + \
         sent(3, string("stranger")) + do(4) + all_answers + \
@@ -314,6 +328,11 @@ def replay():
             do(2, 1, block(text)) * 12 + do(9) + do(2, 1, block(text)) * 12 + \
             do(7, 0, b"\xff") + do(3, 1, b"\x1f")
     work = frame(69, string("jane"))
+    yield none + do(6, 0, bytes([70]), block(num(1) + b"\4" + string("*") +
+                                             num(0) + b"\1")) + \
+        do(6, 0, bytes([72]), block(b"\1\1")) + \
+        do(6, 0, bytes([71]), block(b"\1\0")) + \
+        do(6, 0, bytes([68]), block(b"\0\0"))
     yield none + do(6, 0, b"\x45", block(string("jane"))) + \
         do(5, 0, block(work[:6])) + do(5, 0, block(work[6:] + work)) + \
         do(7, 0, b"\x20") * 2 + do(5, 0, block(b"\0\0\0\0"))
