@@ -153,6 +153,27 @@ bool replay_sweep(const char *username ATTR_UNUSED)
 	return TRUE;
 }
 
+void replay_job_start(uint64_t id ATTR_UNUSED,
+		      const struct dovetail_job *set ATTR_UNUSED)
+{
+}
+
+void replay_job_end(uint64_t id ATTR_UNUSED, bool complete ATTR_UNUSED)
+{
+}
+
+void replay_job_pause(uint64_t id ATTR_UNUSED, bool paused ATTR_UNUSED)
+{
+}
+
+void replay_job_status(struct dovetail_wire_reader *r ATTR_UNUSED)
+{
+}
+
+void replay_jobs_deinit(void)
+{
+}
+
 /* ---- reports ---- */
 
 /* A field of the first row of a report of rows_r rows. */
