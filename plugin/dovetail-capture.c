@@ -410,13 +410,13 @@ static int capture_message_real(struct capture *c, uint32_t uid)
 	op.append.uid = uid;
 	if ((ret = capture_metadata(c, &op.append)) == 0) {
 		hint = capture_find_hint(c, uid);
-		if (hint != NULL) {
+		if (hint != NULL && hint->src_uid != 0) {
 			op.append.source = DOVETAIL_BODY_COPY;
 			guid_128_copy(op.append.copy_mailbox_guid,
 				      hint->src_mailbox_guid);
 			op.append.copy_uid = hint->src_uid;
-			have_hash = hint->have_hash;
-			memcpy(hash, hint->hash, sizeof(hash));
+			/* came with the copy: dovetail_copy() */
+			have_hash = FALSE;
 			ret = 1;
 		} else {
 			ret = capture_body(c, &op.append, hash);
@@ -425,8 +425,10 @@ static int capture_message_real(struct capture *c, uint32_t uid)
 	if (ret > 0) {
 		dovetail_op_encode(c->ops, &op);
 		if (have_hash) {
-			dovetail_mailbox_digest_set(c->dbox->digest, uid,
-						    hash);
+			dovetail_mailbox_digest_set_new(c->dbox->digest, uid,
+							op.append.flags,
+							op.append.keywords,
+							hash);
 		}
 	}
 	if (ret < 0 && c->error == NULL) {
@@ -1032,18 +1034,13 @@ void dovetail_capture_copied(struct mailbox_transaction_context *t,
 		i_array_init(&dbox->copied, 16);
 	hint = array_append_space(&dbox->copied);
 	if (src_dbox != NULL && src_dbox->duser == dbox->duser &&
-	    dovetail_mailbox_get_guid(src->box, hint->src_mailbox_guid) == 0) {
+	    dovetail_mailbox_get_guid(src->box, hint->src_mailbox_guid) == 0)
 		hint->src_uid = src->uid;
-		hint->have_hash = src_dbox->digest != NULL &&
-			dovetail_mailbox_digest_get(src_dbox->digest, src->uid,
-						    hint->hash);
-	}
 }
 
 void dovetail_capture_copies_saved(struct dovetail_mailbox *dbox,
 				   const struct mail_transaction_commit_changes *changes)
 {
-	const struct dovetail_copy_hint *copied;
 	struct dovetail_copy_hint *hint;
 	struct seq_range_iter iter;
 	unsigned int n = 0;
@@ -1055,18 +1052,17 @@ void dovetail_capture_copies_saved(struct dovetail_mailbox *dbox,
 	   a plugin does, there are no hints and bodies are sent. */
 	if (changes != NULL &&
 	    seq_range_count(&changes->saved_uids) == array_count(&dbox->copied)) {
-		array_free(&dbox->hints);
-		i_array_init(&dbox->hints, array_count(&dbox->copied));
 		seq_range_array_iter_init(&iter, &changes->saved_uids);
-		array_foreach(&dbox->copied, copied) {
+		array_foreach_modifiable(&dbox->copied, hint) {
 			if (!seq_range_array_iter_nth(&iter, n++, &uid))
 				break;
-			if (copied->src_uid == 0)
-				continue;
-			hint = array_append_space(&dbox->hints);
-			*hint = *copied;
 			hint->uid = uid;
 		}
+		/* the same, not a copy: there may be very many */
+		array_free(&dbox->hints);
+		dbox->hints = dbox->copied;
+		i_zero(&dbox->copied);
+		return;
 	}
 	array_free(&dbox->copied);
 }

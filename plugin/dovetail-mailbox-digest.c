@@ -35,6 +35,9 @@ typedef uint64_t message_state_t;
 #define STATE_KEYWORDS_MASK ((1ULL << STATE_FLAGS_SHIFT) - 1)
 #define STATE_KNOWN (0x80ULL << STATE_FLAGS_SHIFT)
 
+/* New messages that wait for being written. */
+#define FRESH_MAX 4096
+
 /* The extension's record; zeros: not known. state is what the digest of the header
    has. */
 struct digest_ext_record {
@@ -119,6 +122,26 @@ int dovetail_message_hash(struct mail *mail,
 	return 0;
 }
 
+static message_state_t
+message_state(uint8_t flags, const struct dovetail_sum *keywords)
+{
+	return STATE_KNOWN |
+		(uint64_t)(flags & DIGEST_FLAGS_MASK) << STATE_FLAGS_SHIFT |
+		(keywords->lo & STATE_KEYWORDS_MASK);
+}
+
+static message_state_t
+message_names_state(uint8_t flags, const char *const *keywords)
+{
+	struct dovetail_sum sum = { 0, 0 }, keyword;
+
+	for (; *keywords != NULL; keywords++) {
+		dovetail_keyword_sum(*keywords, &keyword);
+		dovetail_sum_add(&sum, &keyword);
+	}
+	return message_state(flags, &sum);
+}
+
 static int fresh_cmp(const uint32_t *uid, const struct fresh_message *fresh)
 {
 	return *uid < fresh->uid ? -1 : *uid > fresh->uid ? 1 : 0;
@@ -192,6 +215,25 @@ void dovetail_mailbox_digest_set(struct dovetail_mailbox_digest *md,
 	md->unwritten = md->urgent = TRUE;
 }
 
+void dovetail_mailbox_digest_set_new(struct dovetail_mailbox_digest *md,
+				     uint32_t uid, uint8_t flags,
+				     const char *const *keywords,
+				     const uint8_t hash[DOVETAIL_MESSAGE_HASH_SIZE])
+{
+	uint8_t known[DOVETAIL_MESSAGE_HASH_SIZE];
+	const char *error;
+
+	/* sent again: not new any more */
+	if (dovetail_mailbox_digest_get(md, uid, known))
+		return;
+	dovetail_mailbox_digest_set(md, uid, hash);
+	fresh_get(md, uid)->state = message_names_state(flags, keywords);
+	if (array_count(&md->fresh) >= FRESH_MAX) T_BEGIN {
+		/* if it fails, what is lost is read again */
+		(void)dovetail_mailbox_digest_save(md, &error);
+	} T_END;
+}
+
 bool dovetail_mailbox_digest_get(struct dovetail_mailbox_digest *md,
 				 uint32_t uid,
 				 uint8_t hash_r[DOVETAIL_MESSAGE_HASH_SIZE])
@@ -218,29 +260,16 @@ static uint32_t digest_ext_register(struct mail_index *index)
 				       sizeof(struct digest_ext_record), 1);
 }
 
-static message_state_t
-message_state(uint8_t flags, const struct dovetail_sum *keywords)
-{
-	return STATE_KNOWN |
-		(uint64_t)(flags & DIGEST_FLAGS_MASK) << STATE_FLAGS_SHIFT |
-		(keywords->lo & STATE_KEYWORDS_MASK);
-}
-
 void dovetail_mailbox_digest_update(struct mailbox *box,
 				    struct mail_index_transaction *trans,
 				    uint32_t seq, uint8_t flags,
 				    const char *const *keywords,
 				    const uint8_t hash[DOVETAIL_MESSAGE_HASH_SIZE])
 {
-	struct dovetail_sum sum = { 0, 0 }, keyword;
 	struct digest_ext_record rec;
 
-	for (; *keywords != NULL; keywords++) {
-		dovetail_keyword_sum(*keywords, &keyword);
-		dovetail_sum_add(&sum, &keyword);
-	}
 	memcpy(rec.hash, hash, sizeof(rec.hash));
-	rec.state = message_state(flags, &sum);
+	rec.state = message_names_state(flags, keywords);
 	mail_index_update_ext(trans, seq, digest_ext_register(box->index), &rec,
 			      NULL);
 }
@@ -717,6 +746,16 @@ void dovetail_mailbox_digest_write(struct dovetail_mailbox_digest *md,
 	md->unwritten = md->urgent = FALSE;
 }
 
+void dovetail_mailbox_digest_written(struct dovetail_mailbox_digest *md)
+{
+	/* What was written changes the index's records, which a view that stays
+	   would have twice in memory. What another process expunged in between
+	   the new one lacks, and then the digest is computed afresh. */
+	(void)mail_index_refresh(md->index);
+	mail_index_view_close(&md->view);
+	md->view = mail_index_view_open(md->index);
+}
+
 int dovetail_mailbox_digest_save(struct dovetail_mailbox_digest *md,
 				 const char **error_r)
 {
@@ -732,6 +771,7 @@ int dovetail_mailbox_digest_save(struct dovetail_mailbox_digest *md,
 	if (ret < 0)
 		*error_r = dovetail_index_error(md->index);
 	mail_index_view_close(&view);
+	dovetail_mailbox_digest_written(md);
 	return ret;
 }
 

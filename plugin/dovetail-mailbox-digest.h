@@ -30,6 +30,11 @@ void dovetail_mailbox_digest_close(struct dovetail_mailbox_digest **md);
 void dovetail_mailbox_digest_set(struct dovetail_mailbox_digest *md,
 				 uint32_t uid,
 				 const uint8_t hash[DOVETAIL_MESSAGE_HASH_SIZE]);
+/* The same for a message that no digest has yet: what it was when it came. */
+void dovetail_mailbox_digest_set_new(struct dovetail_mailbox_digest *md,
+				     uint32_t uid, uint8_t flags,
+				     const char *const *keywords,
+				     const uint8_t hash[DOVETAIL_MESSAGE_HASH_SIZE]);
 /* FALSE: it is not known. */
 bool dovetail_mailbox_digest_get(struct dovetail_mailbox_digest *md,
 				 uint32_t uid,
@@ -65,6 +70,8 @@ bool dovetail_mailbox_digest_is_clean(const struct dovetail_mailbox_digest *md);
    it is now. */
 void dovetail_mailbox_digest_write(struct dovetail_mailbox_digest *md,
 				   struct mail_index_transaction *trans);
+/* That transaction was committed. */
+void dovetail_mailbox_digest_written(struct dovetail_mailbox_digest *md);
 /* The same in a transaction of its own. Returns 0, or -1 and error_r (data
    stack). */
 int dovetail_mailbox_digest_save(struct dovetail_mailbox_digest *md,

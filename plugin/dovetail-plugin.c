@@ -162,18 +162,46 @@ static int dovetail_save_begin(struct mail_save_context *ctx,
 	return dbox->module_ctx.super.save_begin(ctx, input);
 }
 
+static const char *const *
+copy_keywords(struct mailbox *box, const struct mail_keywords *keywords)
+{
+	const ARRAY_TYPE(keywords) *names = mail_index_get_keywords(box->index);
+	unsigned int i, count = keywords == NULL ? 0 : keywords->count;
+	const char **list = t_new(const char *, count + 1);
+
+	for (i = 0; i < count; i++)
+		list[i] = array_idx_elem(names, keywords->idx[i]);
+	return list;
+}
+
+/* A copy has the hash of its source: nobody reads it. */
 static int dovetail_copy(struct mail_save_context *ctx, struct mail *mail)
 {
 	struct mailbox_transaction_context *t = ctx->transaction;
 	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(t->box);
+	struct dovetail_mailbox *src_dbox = DOVETAIL_MAILBOX_CONTEXT(mail->box);
+	uint8_t hash[DOVETAIL_MESSAGE_HASH_SIZE];
+	const char *const *keywords;
+	enum mail_flags flags;
+	bool have_hash;
 
 	if (dovetail_fence_refuses(t->box) ||
 	    dovetail_fence_unprotected(t->box)) {
 		mailbox_save_cancel(&ctx);
 		return -1;
 	}
+	have_hash = dbox->duser->primary && src_dbox != NULL &&
+		src_dbox->digest != NULL &&
+		dovetail_mailbox_digest_get(src_dbox->digest, mail->uid, hash);
+	flags = ctx->data.flags;
+	keywords = copy_keywords(t->box, ctx->data.keywords);
 	if (dbox->module_ctx.super.copy(ctx, mail) < 0)
 		return -1;
+	if (have_hash) {
+		dovetail_mailbox_digest_update(t->box, t->itrans,
+					       t->itrans->last_new_seq, flags,
+					       keywords, hash);
+	}
 	dovetail_capture_copied(t, mail);
 	return 0;
 }

@@ -41,11 +41,10 @@ struct dovetail_user {
 struct dovetail_copy_hint {
 	uint32_t uid;
 	guid_128_t src_mailbox_guid;
+	/* 0: from a mailbox that does not travel */
 	uint32_t src_uid;
-	/* of the message, which is the copy's as well */
-	bool have_hash;
-	uint8_t hash[DOVETAIL_MESSAGE_HASH_SIZE];
 };
+ARRAY_DEFINE_TYPE(dovetail_copy_hint, struct dovetail_copy_hint);
 
 struct dovetail_mailbox {
 	union mailbox_module_context module_ctx;
@@ -56,9 +55,9 @@ struct dovetail_mailbox {
 	/* capture is running on this box: a nested hook must not start again */
 	bool capturing;
 	/* the current transaction's copies, in order, until it is committed */
-	ARRAY(struct dovetail_copy_hint) copied;
+	ARRAY_TYPE(dovetail_copy_hint) copied;
 	/* then, by UID, until they are captured */
-	ARRAY(struct dovetail_copy_hint) hints;
+	ARRAY_TYPE(dovetail_copy_hint) hints;
 
 	bool guid_known;
 	guid_128_t guid;

@@ -110,6 +110,8 @@ int dovetail_position_set_queued(struct mailbox *box,
 	if (ret < 0)
 		*error_r = dovetail_index_error(index);
 	mail_index_view_close(&view);
+	if (md != NULL)
+		dovetail_mailbox_digest_written(md);
 	return ret;
 }
 
