@@ -310,8 +310,10 @@ static const char *job_state_read(const struct replay_job *job)
 	job_state_append_key(job, key);
 	input = i_stream_create_fd_autoclose(&fd, 8192);
 	line = i_stream_read_next_line(input);
-	if (line != NULL && str_begins_with(line, str_c(key)))
-		user = t_str_tabunescape(line + str_len(key));
+	if (line != NULL && str_begins_with(line, str_c(key))) {
+		/* nothing unescaped is no copy */
+		user = t_strdup(t_str_tabunescape(line + str_len(key)));
+	}
 	i_stream_unref(&input);
 	return user;
 }
