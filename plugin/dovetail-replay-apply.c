@@ -236,8 +236,7 @@ apply_to_replica(struct replay_user *user, const char *origin,
 		    !guid_128_is_empty(change->u.list.guid)) {
 			/* what was asked for and is on its way must not make
 			   it again */
-			replay_wanted_arrived(change->user,
-					      change->u.list.guid);
+			replay_wanted_gone(change->user, change->u.list.guid);
 		}
 		break;
 	case DOVETAIL_CHANGE_TREE:

@@ -1243,13 +1243,15 @@ replay_mailbox(struct replay_user *user, const char *origin,
 		return replay_compare_messages(user, origin, change, error_r);
 	result = replay_mailbox_apply(&ctx, wanted);
 	*error_r = ctx.error;
-	/* only a snapshot is the answer; what happened meanwhile comes as well */
+	/* only a snapshot is the answer; what happened meanwhile comes as well,
+	   or came before it */
 	answer = wanted && !ctx.old &&
 		(change->flags & DOVETAIL_MAILBOX_SNAPSHOT) != 0;
 	switch (result) {
 	case REPLAY_DONE:
 		if (answer)
-			replay_wanted_arrived(username, change->guid);
+			replay_wanted_arrived(username, change->guid,
+					      &change->to);
 		break;
 	case REPLAY_LACKING:
 		if (ctx.box == NULL) {
@@ -1277,5 +1279,7 @@ replay_mailbox(struct replay_user *user, const char *origin,
 				  1, ctx.error);
 		break;
 	}
+	if ((change->flags & DOVETAIL_MAILBOX_SNAPSHOT) == 0)
+		replay_wanted_passed(username, change->guid, &change->to);
 	return result;
 }

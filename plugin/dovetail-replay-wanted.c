@@ -45,6 +45,12 @@ struct wanted {
 	unsigned int retry_secs;
 	/* how many answers were older than what is here */
 	unsigned int past_count;
+	/* of a mailbox: how far its changes went that came since it was asked for.
+	   A snapshot that does not reach so far was made before, and they came
+	   out of the queue before it. index_id 0: there were none. */
+	struct dovetail_log_pos passed;
+	/* an answer that comes may be to a former process */
+	bool ask_again;
 };
 
 static ARRAY(struct wanted) wanted_list;
@@ -138,6 +144,7 @@ static void wanted_load_line(const char *line)
 	w->shard = shard;
 	w->number = i_rand();
 	w->retry_secs = WANTED_RETRY_MIN_SECS;
+	w->ask_again = TRUE;
 }
 
 void replay_wanted_init(void)
@@ -351,7 +358,37 @@ bool replay_wanted_has(const char *user, const guid_128_t guid)
 	return wanted_find(user, guid) != NULL;
 }
 
-void replay_wanted_arrived(const char *user, const guid_128_t guid)
+void replay_wanted_passed(const char *user, const guid_128_t guid,
+			  const struct dovetail_log_pos *to)
+{
+	struct wanted *w = wanted_find(user, guid);
+
+	if (w != NULL && (w->passed.index_id != to->index_id ||
+			  dovetail_log_pos_cmp(to, &w->passed) > 0))
+		w->passed = *to;
+}
+
+void replay_wanted_arrived(const char *user, const guid_128_t guid,
+			   const struct dovetail_log_pos *to)
+{
+	struct wanted *w = wanted_find(user, guid);
+
+	if (w == NULL)
+		return;
+	if (!w->ask_again && (w->passed.index_id != to->index_id ||
+			      dovetail_log_pos_cmp(to, &w->passed) >= 0)) {
+		wanted_remove(w);
+		return;
+	}
+	/* whatever it lacks the primary had before it reads this question */
+	w->ask_again = FALSE;
+	i_zero(&w->passed);
+	w->asked = 0;
+	w->retry_secs = WANTED_RETRY_MIN_SECS;
+	wanted_ask(NULL);
+}
+
+void replay_wanted_gone(const char *user, const guid_128_t guid)
 {
 	struct wanted *w = wanted_find(user, guid);
 
@@ -402,6 +439,8 @@ void replay_wanted_came_so_far(const char *user, const guid_128_t guid,
 	if (uid_next > w->uid_next) {
 		w->asked = 0;
 		w->retry_secs = WANTED_RETRY_MIN_SECS;
+		w->ask_again = FALSE;
+		i_zero(&w->passed);
 	}
 	w->uid_next = uid_next;
 	wanted_ask(NULL);

@@ -264,7 +264,16 @@ void replay_wanted_shard_arrived(const char *origin, uint8_t shard,
 int replay_queue_change(const struct dovetail_change *change,
 			const char **error_r);
 bool replay_wanted_has(const char *user, const guid_128_t guid);
-void replay_wanted_arrived(const char *user, const guid_128_t guid);
+/* A change up to here came out of the queue while the mailbox was asked for,
+   whether it could be applied or not. */
+void replay_wanted_passed(const char *user, const guid_128_t guid,
+			  const struct dovetail_log_pos *to);
+/* A snapshot up to here was applied. If changes had passed that it cannot have,
+   the mailbox is asked for once more. */
+void replay_wanted_arrived(const char *user, const guid_128_t guid,
+			   const struct dovetail_log_pos *to);
+/* The mailbox was deleted: it will not come any more. */
+void replay_wanted_gone(const char *user, const guid_128_t guid);
 /* A snapshot came that is older than what is here. It was on its way already when
    it was asked for, and a newer one follows. TRUE: none did, again and again: so
    the primary's mailbox itself is older, restored from a backup. */

@@ -424,9 +424,55 @@ static void test_wanted(void)
 	test_assert(replay_wanted_has("a\tb\nc\001", guid));
 	test_assert(replay_wanted_count("b") == 3);
 	replay_wanted_came_so_far("jane", guid, 3);
-	replay_wanted_arrived("a\tb\nc\001", guid);
+	replay_wanted_gone("a\tb\nc\001", guid);
 	test_assert(replay_wanted_count("b") == 2);
 	test_assert(changes_bad == 0);
+	replay_wanted_deinit();
+	test_end();
+}
+
+static void test_wanted_answer(void)
+{
+	const struct dovetail_log_pos old = { 7, 2, 100 }, new = { 7, 2, 200 };
+	const struct dovetail_log_pos other = { 8, 2, 300 };
+	guid_128_t guid;
+
+	test_begin("replay: which answer is one");
+	wanted_write("");
+	replay_wanted_init();
+	guid_128_generate(guid);
+	replay_wanted_passed("jane", guid, &new);
+	test_assert(!replay_wanted_has("jane", guid));
+	changes_sent = 0;
+	replay_wanted_add("jane", "b", guid, "x", 3, "test");
+	test_assert(changes_sent == 1);
+	/* a change came, and then what was made before it: ask again */
+	replay_wanted_passed("jane", guid, &new);
+	replay_wanted_passed("jane", guid, &old);
+	replay_wanted_arrived("jane", guid, &old);
+	test_assert(replay_wanted_has("jane", guid) && changes_sent == 2);
+	/* what comes now was made behind it, wherever the log begins again */
+	replay_wanted_arrived("jane", guid, &old);
+	test_assert(!replay_wanted_has("jane", guid) && changes_sent == 2);
+
+	replay_wanted_add("jane", "b", guid, "x", 3, "test");
+	replay_wanted_passed("jane", guid, &new);
+	replay_wanted_arrived("jane", guid, &new);
+	test_assert(!replay_wanted_has("jane", guid));
+	replay_wanted_add("jane", "b", guid, "x", 3, "test");
+	replay_wanted_passed("jane", guid, &other);
+	replay_wanted_arrived("jane", guid, &new);
+	test_assert(!replay_wanted_has("jane", guid));
+
+	/* what passed is not known after a restart */
+	replay_wanted_add("jane", "b", guid, "x", 3, "test");
+	replay_wanted_deinit();
+	replay_wanted_init();
+	changes_sent = 0;
+	replay_wanted_arrived("jane", guid, &new);
+	test_assert(replay_wanted_has("jane", guid) && changes_sent == 1);
+	replay_wanted_arrived("jane", guid, &new);
+	test_assert(!replay_wanted_has("jane", guid) && changes_sent == 1);
 	replay_wanted_deinit();
 	test_end();
 }
@@ -466,6 +512,7 @@ int main(void)
 		test_report_of_many,
 		test_entry,
 		test_wanted,
+		test_wanted_answer,
 		NULL
 	};
 	struct ioloop *ioloop;
