@@ -184,7 +184,11 @@ compare_note(struct compare *c, const char *fmt, ...)
 	va_list args;
 	char *text;
 
-	c->differences++;
+	if (c->differences++ == 0) {
+		e_warning(replay.event, "User %s mailbox %s: Differs from %s's",
+			  c->user, t_str_replace(c->path, '\t', '/'),
+			  c->origin);
+	}
 	va_start(args, fmt);
 	T_BEGIN {
 		const char *what = t_strdup_vprintf(fmt, args);

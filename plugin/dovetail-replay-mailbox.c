@@ -1105,10 +1105,11 @@ static void replay_compare_digest(struct replay_mailbox_ctx *ctx)
 	if (ret > 0)
 		return;
 	if (ret == 0) {
-		e_warning(replay.event, "User %s mailbox %s: Differs from %s's "
-			  "(%u messages here, %u there)", username,
-			  ctx->box->vname, ctx->origin, here.count,
-			  change->digest.count);
+		/* or the digest does: the comparison tells */
+		e_debug(replay.event, "User %s mailbox %s: Digest differs from "
+			"%s's (%u messages here, %u there)", username,
+			ctx->box->vname, ctx->origin, here.count,
+			change->digest.count);
 	}
 	replay_compare_start(username, ctx->origin, change->guid, change->name,
 			     DOVETAIL_VERIFY_REPAIR, 0);
