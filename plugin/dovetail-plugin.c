@@ -223,8 +223,11 @@ static void dovetail_end_mdbox_rebuilds(struct mailbox *box)
 	if (storage->map == NULL || storage->rebuilding_storage ||
 	    !mdbox_map_is_fscked(storage->map))
 		return;
-	if (mdbox_storage_rebuild(storage) == 0)
+	if (mdbox_storage_rebuild(storage) == 0) {
 		(void)mail_index_reset_fscked(storage->map->index);
+		/* what the map's view shows is asked the next time */
+		(void)mdbox_map_refresh(storage->map);
+	}
 }
 #endif
 
