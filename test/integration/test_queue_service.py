@@ -1257,8 +1257,7 @@ def test_job_of_one_who_does_not_read(node):
 
 def test_questions_make_nobody_dirty(node):
     """What stands in no mailbox needs no sweep when it is lost."""
-    verify = vectors.head(9, "alice") + num(1) + b"\0" + GUID + \
-        bstr("INBOX") + num(1) + bytes(32) + num(0)
+    verify = vectors.verify()[0]
     with node.client() as client, node.worker() as worker:
         node.redis.stop()
         wait_for(lambda: client.check()[0] == UNAVAILABLE, "the queue")
