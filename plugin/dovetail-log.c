@@ -137,3 +137,23 @@ void dovetail_log_record_uids(const struct dovetail_log_record *record,
 		break;
 	}
 }
+
+int dovetail_log_lock(struct mail_index *index)
+{
+	uint32_t file_seq;
+	uoff_t file_offset;
+
+	if (mail_transaction_log_sync_lock(index->log, "dovetail", &file_seq,
+					   &file_offset) < 0)
+		return -1;
+	if (mail_index_refresh(index) < 0) {
+		dovetail_log_unlock(index);
+		return -1;
+	}
+	return 0;
+}
+
+void dovetail_log_unlock(struct mail_index *index)
+{
+	mail_transaction_log_sync_unlock(index->log, "dovetail");
+}

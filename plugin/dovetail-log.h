@@ -31,6 +31,11 @@ int dovetail_log_read(struct mail_index *index,
 		      ARRAY_TYPE(dovetail_log_record) *records,
 		      const char **error_r);
 
+/* Let nobody else write to the index until it is unlocked, and read it as it is now.
+   Returns 0, or -1: dovetail_index_error(). */
+int dovetail_log_lock(struct mail_index *index);
+void dovetail_log_unlock(struct mail_index *index);
+
 /* Add the UIDs of a record to uids. */
 void dovetail_log_record_uids(const struct dovetail_log_record *record,
 			      ARRAY_TYPE(seq_range) *uids);

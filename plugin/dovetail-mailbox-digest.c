@@ -70,6 +70,9 @@ struct dovetail_mailbox_digest {
 	bool known;
 	struct dovetail_digest digest;
 	struct dovetail_log_pos pos;
+	/* where the index's digest was when it was seen last: of then are the
+	   states in the index that are not in fresh */
+	struct dovetail_log_pos written;
 	/* Has the records of messages that were expunged after it was opened. */
 	struct mail_index_view *view;
 
@@ -365,30 +368,37 @@ static void view_get_pos(struct mail_index_view *view,
 	pos_r->file_offset = view->log_file_head_offset;
 }
 
-static bool ext_get_header(struct dovetail_mailbox_digest *md,
-			   struct digest_ext_header *hdr_r)
+/* The header that goes with the states that ext_lookup() finds (an older view has the
+   newest records, but not the newest header), and the place it is of; zeros: none. */
+static void ext_get_header(struct dovetail_mailbox_digest *md,
+			   struct digest_ext_header *hdr_r,
+			   struct dovetail_log_pos *pos_r)
 {
+	struct mail_index_view *view = mail_index_view_open(md->index);
 	const void *data;
 	size_t size;
 
-	mail_index_get_header_ext(md->view, md->ext_id, &data, &size);
+	mail_index_get_header_ext(view, md->ext_id, &data, &size);
 	if (size < sizeof(*hdr_r))
-		return FALSE;
-	memcpy(hdr_r, data, sizeof(*hdr_r));
-	return hdr_r->index_id != 0;
+		i_zero(hdr_r);
+	else
+		memcpy(hdr_r, data, sizeof(*hdr_r));
+	mail_index_view_close(&view);
+	pos_r->index_id = hdr_r->index_id;
+	pos_r->file_seq = hdr_r->file_seq;
+	pos_r->file_offset = hdr_r->file_offset;
 }
 
-static void ext_header_pos(const struct digest_ext_header *hdr,
-			   struct dovetail_log_pos *pos_r)
+static bool
+log_pos_equals(const struct dovetail_log_pos *a, const struct dovetail_log_pos *b)
 {
-	pos_r->index_id = hdr->index_id;
-	pos_r->file_seq = hdr->file_seq;
-	pos_r->file_offset = hdr->file_offset;
+	return a->index_id == b->index_id && dovetail_log_pos_cmp(a, b) == 0;
 }
 
 /* Start from what the index says. */
 static void digest_adopt(struct dovetail_mailbox_digest *md,
-			 const struct digest_ext_header *hdr)
+			 const struct digest_ext_header *hdr,
+			 const struct dovetail_log_pos *pos)
 {
 	struct fresh_message *fresh;
 
@@ -398,7 +408,8 @@ static void digest_adopt(struct dovetail_mailbox_digest *md,
 	md->digest.sum.lo = hdr->sum_lo;
 	md->digest.sum.hi = hdr->sum_hi;
 	md->digest.count = hdr->count;
-	ext_header_pos(hdr, &md->pos);
+	md->pos = *pos;
+	md->written = *pos;
 	md->have_key = md->known = TRUE;
 }
 
@@ -407,6 +418,7 @@ dovetail_mailbox_digest_open(struct mailbox *box)
 {
 	struct dovetail_mailbox_digest *md;
 	struct digest_ext_header hdr;
+	struct dovetail_log_pos pos;
 
 	md = i_new(struct dovetail_mailbox_digest, 1);
 	md->box = box;
@@ -416,8 +428,9 @@ dovetail_mailbox_digest_open(struct mailbox *box)
 	i_array_init(&md->keywords, 8);
 	i_array_init(&md->message_keywords, 8);
 	md->view = mail_index_view_open(md->index);
-	if (ext_get_header(md, &hdr))
-		digest_adopt(md, &hdr);
+	ext_get_header(md, &hdr, &pos);
+	if (pos.index_id != 0)
+		digest_adopt(md, &hdr, &pos);
 	return md;
 }
 
@@ -569,16 +582,16 @@ static int digest_follow_log(struct dovetail_mailbox_digest *md,
 	pool_t pool;
 	bool ok = FALSE;
 
-	if (ext_get_header(md, &hdr) && hdr.index_id == end->index_id) {
-		ext_header_pos(&hdr, &pos);
+	ext_get_header(md, &hdr, &pos);
+	if (pos.index_id == end->index_id) {
 		if (dovetail_log_pos_cmp(&pos, end) > 0) {
 			/* somebody was quicker, and the states in the index
 			   are of then */
 			return -1;
 		}
 		if (!md->known || md->pos.index_id != end->index_id ||
-		    dovetail_log_pos_cmp(&pos, &md->pos) > 0)
-			digest_adopt(md, &hdr);
+		    !log_pos_equals(&pos, &md->written))
+			digest_adopt(md, &hdr, &pos);
 	}
 	if (!md->known || md->pos.index_id != end->index_id ||
 	    dovetail_log_pos_cmp(&md->pos, end) > 0)
@@ -602,7 +615,9 @@ static void digest_start(struct dovetail_mailbox_digest *md,
 			 struct mail_index_view *view)
 {
 	struct fresh_message *fresh;
+	struct digest_ext_header hdr;
 
+	ext_get_header(md, &hdr, &md->written);
 	if (!md->have_key) {
 		random_fill(md->digest.key, sizeof(md->digest.key));
 		md->have_key = TRUE;
@@ -627,6 +642,21 @@ static void digest_end_at(struct dovetail_mailbox_digest *md,
 	view_get_pos(view, &md->pos);
 }
 
+/* The index was read on since the view was opened. The view shows flags that are newer
+   than it is, then. */
+static bool digest_view_is_old(struct dovetail_mailbox_digest *md,
+			       struct mail_index_view *view)
+{
+	struct mail_index_view *head;
+	struct dovetail_log_pos pos, head_pos;
+
+	head = mail_index_view_open(md->index);
+	view_get_pos(view, &pos);
+	view_get_pos(head, &head_pos);
+	mail_index_view_close(&head);
+	return !log_pos_equals(&pos, &head_pos);
+}
+
 bool dovetail_mailbox_digest_follow(struct dovetail_mailbox_digest *md,
 				    struct mail_index_view *view,
 				    struct dovetail_digest *digest_r)
@@ -634,6 +664,11 @@ bool dovetail_mailbox_digest_follow(struct dovetail_mailbox_digest *md,
 	struct dovetail_log_pos end;
 	int ret;
 
+	if (digest_view_is_old(md, view)) {
+		if (view != md->view)
+			mail_index_view_close(&view);
+		return FALSE;
+	}
 	view_get_pos(view, &end);
 	ret = digest_follow_log(md, &end, view);
 	if (ret == 0)
@@ -658,6 +693,11 @@ bool dovetail_mailbox_digest_recompute(struct dovetail_mailbox_digest *md,
 				       const uint8_t *key,
 				       struct dovetail_digest *digest_r)
 {
+	if (view != NULL && digest_view_is_old(md, view)) {
+		if (view != md->view)
+			mail_index_view_close(&view);
+		return FALSE;
+	}
 	if (key != NULL) {
 		memcpy(md->digest.key, key, sizeof(md->digest.key));
 		md->have_key = TRUE;
@@ -715,15 +755,12 @@ void dovetail_mailbox_digest_write(struct dovetail_mailbox_digest *md,
 	struct digest_ext_header hdr;
 	struct digest_ext_record old, rec;
 	struct dovetail_log_pos pos;
-	bool states = md->known;
+	bool states;
 	uint32_t seq;
 
-	if (states && ext_get_header(md, &hdr) &&
-	    hdr.index_id == md->pos.index_id) {
-		/* never back: header and states belong together */
-		ext_header_pos(&hdr, &pos);
-		states = dovetail_log_pos_cmp(&md->pos, &pos) >= 0;
-	}
+	/* header and states belong together: with another's header go his states */
+	ext_get_header(md, &hdr, &pos);
+	states = md->known && log_pos_equals(&pos, &md->written);
 	array_foreach(&md->fresh, fresh) {
 		if (!mail_index_lookup_seq(view, fresh->uid, &seq))
 			continue;
@@ -737,9 +774,10 @@ void dovetail_mailbox_digest_write(struct dovetail_mailbox_digest *md,
 		}
 	}
 	array_clear(&md->fresh);
-	if (states)
+	if (states) {
 		digest_write_header(md, trans);
-	else {
+		md->written = md->pos;
+	} else {
 		/* the next one to follow starts from what is there */
 		md->known = FALSE;
 	}
@@ -763,6 +801,10 @@ int dovetail_mailbox_digest_save(struct dovetail_mailbox_digest *md,
 	struct mail_index_view *view;
 	int ret;
 
+	if (dovetail_log_lock(md->index) < 0) {
+		*error_r = dovetail_index_error(md->index);
+		return -1;
+	}
 	view = mail_index_view_open(md->index);
 	trans = mail_index_transaction_begin(view,
 		MAIL_INDEX_TRANSACTION_FLAG_EXTERNAL);
@@ -771,6 +813,7 @@ int dovetail_mailbox_digest_save(struct dovetail_mailbox_digest *md,
 	if (ret < 0)
 		*error_r = dovetail_index_error(md->index);
 	mail_index_view_close(&view);
+	dovetail_log_unlock(md->index);
 	dovetail_mailbox_digest_written(md);
 	return ret;
 }

@@ -47,7 +47,9 @@ void dovetail_mailbox_digest_update(struct mailbox *box,
 				    const uint8_t hash[DOVETAIL_MESSAGE_HASH_SIZE]);
 
 /* Go on to where view stands. TRUE: digest_r is the mailbox's as view shows it. FALSE:
-   it is not known. The view belongs to md afterwards. */
+   it is not known (also when the index has been read on since the view was opened:
+   what a view shows of flags is as new as the index). The view belongs to md
+   afterwards. */
 bool dovetail_mailbox_digest_follow(struct dovetail_mailbox_digest *md,
 				    struct mail_index_view *view,
 				    struct dovetail_digest *digest_r);
@@ -67,7 +69,7 @@ bool dovetail_mailbox_digest_is_urgent(const struct dovetail_mailbox_digest *md)
 bool dovetail_mailbox_digest_is_clean(const struct dovetail_mailbox_digest *md);
 
 /* Make what is not in the index yet part of a transaction on a view of the index as
-   it is now. */
+   it is now. Between dovetail_log_lock() and _unlock(): others write theirs. */
 void dovetail_mailbox_digest_write(struct dovetail_mailbox_digest *md,
 				   struct mail_index_transaction *trans);
 /* That transaction was committed. */

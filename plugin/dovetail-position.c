@@ -6,6 +6,7 @@
 #include "mail-index-view-private.h"
 #include "dovetail-compat.h"
 #include "dovetail-mailbox-digest.h"
+#include "dovetail-log.h"
 #include "dovetail-position.h"
 
 #include <sodium.h>
@@ -98,6 +99,10 @@ int dovetail_position_set_queued(struct mailbox *box,
 	data[1] = queued->file_seq;
 	data[2] = queued->file_offset;
 
+	if (dovetail_log_lock(index) < 0) {
+		*error_r = dovetail_index_error(index);
+		return -1;
+	}
 	view = mail_index_view_open(index);
 	trans = mail_index_transaction_begin(view,
 		MAIL_INDEX_TRANSACTION_FLAG_EXTERNAL);
@@ -110,6 +115,7 @@ int dovetail_position_set_queued(struct mailbox *box,
 	if (ret < 0)
 		*error_r = dovetail_index_error(index);
 	mail_index_view_close(&view);
+	dovetail_log_unlock(index);
 	if (md != NULL)
 		dovetail_mailbox_digest_written(md);
 	return ret;
