@@ -65,6 +65,9 @@ struct capture {
 	struct dovetail_log_pos known;
 	/* a message is too large to wait for: leave the rest to a sweep */
 	bool deferred;
+	/* what is sent is a part of a record, and its answer is not the mail's */
+	bool part;
+	struct dovetail_queue_batch parts;
 	/* why it failed; allocated */
 	char *error;
 };
@@ -188,7 +191,9 @@ static int capture_send_encoded(struct capture *c)
 {
 	const char *error;
 
-	if (dovetail_queue_client_send(c->duser->client, &c->dbox->batch,
+	if (dovetail_queue_client_send(c->duser->client,
+				       c->part ? &c->parts : &c->dbox->batch,
+				       c->part ? DOVETAIL_ACK_QUEUED :
 				       dovetail_capture_level(c->duser),
 				       c->encoded,
 				       c->deadline, &error) < 0) {
@@ -468,19 +473,37 @@ static int capture_append(struct capture *c,
 {
 	struct dovetail_change_mailbox *mailbox = &c->change.u.mailbox;
 	const struct mail_index_record *rec = record->data, *end;
-	int ret;
+	const char *error;
+	int ret = 1;
 
 	end = CONST_PTR_OFFSET(record->data, record->size);
 	for (; rec < end; rec++) {
 		if (c->ops->used > DOVETAIL_CHANGE_SPLIT_SIZE) {
 			mailbox->to = mailbox->from;
-			if (capture_flush(c) < 0)
-				return -1;
+			c->part = TRUE;
+			if (capture_flush(c) < 0) {
+				ret = -1;
+				break;
+			}
 		}
 		if ((ret = capture_message(c, rec->uid)) <= 0)
-			return ret;
+			break;
 	}
-	return 1;
+	if (c->part && ret > 0) {
+		/* what comes next says that all before it is queued */
+		ret = dovetail_queue_client_wait(c->duser->client, &c->parts,
+						 c->deadline, &error);
+		if (ret <= 0) {
+			capture_fail(c, "Part of a change was not queued: %s",
+				     ret == 0 ? "No answer in time" : error);
+			ret = -1;
+		}
+	}
+	if (c->part) {
+		dovetail_queue_client_cancel(c->duser->client, &c->parts);
+		c->part = FALSE;
+	}
+	return ret;
 }
 
 static void capture_flags(struct capture *c,
