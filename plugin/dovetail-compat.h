@@ -28,6 +28,8 @@
 /* ---- settings: settings-parser.h ---- */
 
 #if DOVETAIL_DOVECOT_24
+#  define settings_get_time(str, secs_r, error_r) \
+	str_parse_get_interval(str, secs_r, error_r)
 #  define settings_get_time_msecs(str, msecs_r, error_r) \
 	str_parse_get_interval_msecs(str, msecs_r, error_r)
 #  define settings_get_size(str, bytes_r, error_r) \

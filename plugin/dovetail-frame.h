@@ -114,12 +114,19 @@ enum dovetail_frame_type {
      rejected_reasons  "from": "REASON=COUNT REASON=COUNT"
      set_aside     users whose changes could not be applied
      dirty_users   "self": users who wait for a sweep
+     verified      "self": when the last routine verification of all users
+                   ended here (as applied), or ""
+     different     "self": mailboxes, lists of mailboxes and users in which the
+                   last one, or the one that is running, found a difference
+                   that is not repaired, or could not tell
+     repaired      "self": ... that it found and that are repaired
      redis_since   "self": since when Redis is connected, or is not
      error         the last one, or ""
 
    The keys of REPORT rows: peer, shard, connection, position, lag, entries,
    rejected, rejected_reasons, set_aside, error, applied_time (seconds since
-   1970). */
+   1970). One row of each worker has the peer "", and: verified_time (the same),
+   different, repaired. */
 
 enum dovetail_client_kind {
 	DOVETAIL_CLIENT_MAIL = 0,

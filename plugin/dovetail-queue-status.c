@@ -338,10 +338,32 @@ static void status_from(struct dovetail_queue *queue, buffer_t *dest,
 
 /* ---- ourselves ---- */
 
+/* The routine verification, of all workers. */
+struct status_verified {
+	/* the oldest; 0: not one of each worker has ended */
+	uint64_t secs;
+	uint64_t different, repaired;
+	unsigned int workers;
+};
+
+static void status_verified_add(const char *const *fields, void *context)
+{
+	struct status_verified *sum = context;
+	uint64_t secs;
+
+	if (*fields_get(fields, "peer") != '\0')
+		return;
+	secs = fields_get_num(fields, "verified_time");
+	sum->secs = sum->workers++ == 0 ? secs : I_MIN(sum->secs, secs);
+	sum->different += fields_get_num(fields, "different");
+	sum->repaired += fields_get_num(fields, "repaired");
+}
+
 static void status_self(struct dovetail_queue *queue, buffer_t *dest,
 			unsigned int *rows)
 {
 	struct dovetail_queue_backlog_sum sum;
+	struct status_verified verified;
 	const char *error = status_redis_error(queue), *connection;
 	uint64_t entries = 0, bytes = 0;
 	struct row row;
@@ -359,6 +381,9 @@ static void status_self(struct dovetail_queue *queue, buffer_t *dest,
 	else
 		connection = queue->full ? "the queue is full" : "ok";
 
+	i_zero(&verified);
+	dovetail_queue_conns_reports(queue, status_verified_add, &verified);
+
 	row_init(&row);
 	row_add(&row, "node", queue->set.node);
 	row_add(&row, "peer", "");
@@ -367,6 +392,9 @@ static void status_self(struct dovetail_queue *queue, buffer_t *dest,
 	row_add_num(&row, "entries", entries);
 	row_add_num(&row, "bytes", bytes);
 	row_add_num(&row, "dirty_users", queue->dirty_count);
+	row_add(&row, "verified", time_str(verified.secs * 1000000));
+	row_add_num(&row, "different", verified.different);
+	row_add_num(&row, "repaired", verified.repaired);
 	row_add(&row, "redis_since", queue->redis == NULL ? "" : time_str(
 		(uint64_t)dovetail_redis_state_since(queue->redis) * 1000000));
 	row_add_num(&row, "rejected", queue->bad_acks);

@@ -178,12 +178,20 @@ static void control_input(void *context ATTR_UNUSED)
 static void control_report(void *context ATTR_UNUSED)
 {
 	buffer_t *buf = buffer_create_dynamic(default_pool, 1024);
+	buffer_t *rows = buffer_create_dynamic(default_pool, 1024);
 	size_t offset = dovetail_frame_begin(buf, DOVETAIL_FRAME_REPORT);
+	unsigned int count;
 
 	timeout_remove(&control.to_report);
-	replay_streams_report(buf);
+	count = replay_streams_report(rows);
+	T_BEGIN {
+		count += replay_round_report(rows);
+	} T_END;
+	dovetail_wire_put_num(buf, count);
+	buffer_append_buf(buf, rows, 0, SIZE_MAX);
 	dovetail_frame_end(buf, offset);
 	replay_control_send(buf);
+	buffer_free(&rows);
 	buffer_free(&buf);
 }
 

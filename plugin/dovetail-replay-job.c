@@ -9,7 +9,9 @@
    may have been between changing it and queueing that.
 
    Of jobs that go over many users one runs at a time; those of one user do not
-   wait for it. How far it came stands in a file, for the next job like it that is
+   wait for it. The round, which nobody asked for (dovetail-replay-round.c), waits
+   for all others, and goes on when the peers have answered for a user, so that it
+   is never ahead of them. What it finds different is repaired. How far a job came stands in a file, for the next job like it that is
    to resume: one line "FLAGS TAB USERS TAB SLOTS TAB SHARDS TAB LAST-USER". */
 
 #include "lib.h"
@@ -77,6 +79,7 @@ struct job_question {
 	/* virtual name; "" for the tree */
 	const char *mailbox;
 
+	enum dovetail_verify_flags flags;
 	uint32_t number;
 	/* when it was asked; or, if again, when it is to be asked */
 	uint64_t usecs;
@@ -93,6 +96,11 @@ struct replay_job {
 	uint64_t id;
 	struct dovetail_job set;
 	bool many;
+	/* not of an administrator: the round, over users behind this one, each begun
+	   so long after the one before */
+	bool round;
+	const char *round_behind;
+	uint64_t round_usecs, next_user_usecs;
 
 	/* its users are known */
 	bool begun;
@@ -173,8 +181,13 @@ static void job_row(struct replay_job *job,
 		    const struct dovetail_job_result *result)
 {
 	buffer_t *buf;
-	size_t offset = job_frame(job, &buf, DOVETAIL_FRAME_JOB_RESULT);
+	size_t offset;
 
+	if (job->round) {
+		replay_round_result(result);
+		return;
+	}
+	offset = job_frame(job, &buf, DOVETAIL_FRAME_JOB_RESULT);
 	dovetail_job_result_put(buf, result);
 	dovetail_frame_end(buf, offset);
 	if (!job->paused)
@@ -212,10 +225,13 @@ static unsigned int job_finished_users(const struct replay_job *job)
 static void job_send_progress(struct replay_job *job)
 {
 	buffer_t *buf;
-	size_t offset = job_frame(job, &buf, DOVETAIL_FRAME_JOB_PROGRESS);
+	size_t offset;
 
 	if (job->begun)
 		job->progress.users = job_finished_users(job);
+	if (job->round)
+		return;
+	offset = job_frame(job, &buf, DOVETAIL_FRAME_JOB_PROGRESS);
 	dovetail_job_progress_put(buf, &job->progress);
 	dovetail_frame_end(buf, offset);
 	replay_control_send(buf);
@@ -224,8 +240,13 @@ static void job_send_progress(struct replay_job *job)
 static void job_send_done(struct replay_job *job)
 {
 	buffer_t *buf;
-	size_t offset = job_frame(job, &buf, DOVETAIL_FRAME_JOB_DONE);
+	size_t offset;
 
+	if (job->round) {
+		replay_round_done(job->end, job->end_text, &job->progress);
+		return;
+	}
+	offset = job_frame(job, &buf, DOVETAIL_FRAME_JOB_DONE);
 	dovetail_job_done_put(buf, job->end, job->end_text == NULL ? "" :
 			      job->end_text);
 	dovetail_frame_end(buf, offset);
@@ -274,6 +295,15 @@ static void job_state_write(struct replay_job *job)
 	if (!job->many || !job->begun ||
 	    (jobs.file_id == job->id && finished == job->saved_users))
 		return;
+	if (job->round) {
+		if (finished > job->saved_users) {
+			job->progress.users = finished;
+			replay_round_finished(job_user(job, finished - 1),
+					      &job->progress);
+		}
+		job->saved_users = finished;
+		return;
+	}
 	job_state_append_key(job, str);
 	if (finished > 0)
 		str_append_tabescaped(str, job_user(job, finished - 1));
@@ -341,6 +371,7 @@ job_question_new(struct replay_job *job, const char *mailbox)
 	q->pool = pool;
 	q->user_idx = job->next_user - 1;
 	q->mailbox = p_strdup(pool, mailbox);
+	q->flags = job->set.flags;
 	q->answers = p_new(pool, struct job_answer,
 			   str_array_length(replay.set.peers));
 	return q;
@@ -434,8 +465,9 @@ static bool job_tries_again(const struct replay_job *job,
 {
 	/* to repair, they look themselves where it differs */
 	return job_question_result(q) == DOVETAIL_VERIFIED_DIFFERENT &&
-		(job->set.flags & DOVETAIL_VERIFY_REPAIR) == 0 &&
-		q->tries < JOB_TRIES && job->end == DOVETAIL_JOB_COMPLETE;
+		(q->flags & DOVETAIL_VERIFY_REPAIR) == 0 &&
+		(q->tries < JOB_TRIES || job->round) &&
+		job->end == DOVETAIL_JOB_COMPLETE;
 }
 
 /* If all peers have answered, it is over, or to be asked again. */
@@ -449,13 +481,19 @@ static void job_question_answered(struct replay_job *job,
 			return;
 	}
 	if (job_tries_again(job, q)) {
+		/* the round's last */
+		if (q->tries >= JOB_TRIES)
+			q->flags |= DOVETAIL_VERIFY_REPAIR;
 		q->again = TRUE;
 		q->usecs = dovetail_monotonic_usecs() +
 			(uint64_t)q->tries * q->tries * JOB_TRY_AGAIN_USECS;
 		return;
 	}
-	job_question_count(job, q);
-	job_question_tell(job, q);
+	/* of a round that ends here, all of the user comes again */
+	if (!job->round || job->end == DOVETAIL_JOB_COMPLETE) {
+		job_question_count(job, q);
+		job_question_tell(job, q);
+	}
 	job_question_remove(job, q);
 }
 
@@ -537,7 +575,7 @@ static bool job_is_late(const struct replay_job *job,
 
 	if (job_peer_is_away(peer_idx))
 		return TRUE;
-	if (job->set.flags != 0) {
+	if (q->flags != 0) {
 		/* one after the other */
 		since = I_MAX(since, job->answered_usecs[peer_idx]);
 		secs = JOB_SLOW_ANSWER_SECS +
@@ -682,8 +720,8 @@ enum job_asked {
 };
 
 static enum job_asked
-job_ask_mailbox(struct replay_job *job, struct job_question *q,
-		struct replay_user *user, const char **error_r)
+job_ask_mailbox(struct job_question *q, struct replay_user *user,
+		const char **error_r)
 {
 	struct mail_namespace *ns = mail_namespace_find(
 		replay_user_mail_user(user)->namespaces, q->mailbox);
@@ -705,7 +743,7 @@ job_ask_mailbox(struct replay_job *job, struct job_question *q,
 	} else {
 		if (++jobs.number == 0)
 			jobs.number++;
-		ret = replay_ask_mailbox(box, jobs.number, job->set.flags,
+		ret = replay_ask_mailbox(box, jobs.number, q->flags,
 					 &q->messages, error_r);
 		if (ret >= 0)
 			asked = ret > 0 ? JOB_ASKED : JOB_ASKED_LATER;
@@ -719,15 +757,14 @@ job_ask_mailbox(struct replay_job *job, struct job_question *q,
 
 /* error_r (data stack) is set for _FAILED. */
 static enum job_asked
-job_question_ask_opened(struct replay_job *job, struct job_question *q,
-			struct replay_user *user, const char **error_r)
+job_question_ask_opened(struct job_question *q, struct replay_user *user,
+			const char **error_r)
 {
 	enum job_asked ret = JOB_ASKED;
 
 	if (q->mailbox[0] != '\0')
-		ret = job_ask_mailbox(job, q, user, error_r);
-	else if (replay_ask_tree(user, &jobs.number, job->set.flags,
-				 error_r) < 0)
+		ret = job_ask_mailbox(q, user, error_r);
+	else if (replay_ask_tree(user, &jobs.number, q->flags, error_r) < 0)
 		ret = JOB_ASKED_FAILED;
 	if (ret != JOB_ASKED)
 		return ret;
@@ -770,7 +807,7 @@ static bool job_question_ask(struct replay_job *job, struct job_question *q,
 {
 	const char *error;
 
-	*asked_r = job_question_ask_opened(job, q, user, &error);
+	*asked_r = job_question_ask_opened(q, user, &error);
 	if (*asked_r != JOB_ASKED_FAILED) {
 		job->failing_since = 0;
 		job->next_usecs = dovetail_monotonic_usecs();
@@ -904,6 +941,7 @@ static void job_begin_user(struct replay_job *job)
 
 	job_clear_mailboxes(job);
 	job->next_user++;
+	job->next_user_usecs = dovetail_monotonic_usecs() + job->round_usecs;
 	ret = replay_user_open(username, &user, &error);
 	if (ret < 0) {
 		if (ret == -2 && !job->many)
@@ -949,7 +987,8 @@ static bool job_is_waiting(const struct replay_job *job)
 
 static void job_skip_finished(struct replay_job *job)
 {
-	const char *last = job_state_read(job);
+	const char *last = job->round ? job->round_behind :
+		job_state_read(job);
 
 	while (job->next_user < array_count(&job->users) &&
 	       strcmp(job_user(job, job->next_user), last) <= 0)
@@ -980,6 +1019,7 @@ static void job_begin(struct replay_job *job)
 			job_skip_finished(job);
 	}
 	job->progress.users_all = array_count(&job->users);
+	job->saved_users = job->next_user;
 	job->begun = TRUE;
 	job_state_write(job);
 }
@@ -1013,6 +1053,11 @@ static uint64_t job_step_usecs(const struct replay_job *job)
 		return UINT64_MAX;
 	if (!job_has_more(job))
 		return job->questions_head == NULL ? 0 : usecs;
+	if (job->round &&
+	    job->next_mailbox == array_count(&job->mailboxes)) {
+		return job->questions_head != NULL ? usecs :
+			I_MAX(job->next_usecs, job->next_user_usecs);
+	}
 	return job->questions_count >= JOB_QUESTIONS_MAX ? usecs :
 		I_MIN(usecs, job->next_usecs);
 }
@@ -1047,6 +1092,7 @@ static void job_step(struct replay_job *job)
 		job_ask_again(job, again);
 	} else if (!job_has_more(job)) {
 		job_send_progress(job);
+		job_state_write(job);
 		job_send_done(job);
 		job_free(&job);
 	} else if (!job->begun) {
@@ -1121,7 +1167,8 @@ static void jobs_init_peers(void)
 		jobs.peers[i].moved_usecs = dovetail_monotonic_usecs();
 }
 
-void replay_job_start(uint64_t id, const struct dovetail_job *set)
+static struct replay_job *
+job_new(uint64_t id, const struct dovetail_job *set)
 {
 	struct replay_job *job;
 	pool_t pool = pool_alloconly_create("dovetail job", 1024);
@@ -1148,8 +1195,29 @@ void replay_job_start(uint64_t id, const struct dovetail_job *set)
 		jobs.to_tick = replay_timeout_add(JOB_TICK_MSECS, jobs_tick,
 						  NULL);
 	}
+	return job;
+}
+
+void replay_job_start(uint64_t id, const struct dovetail_job *set)
+{
+	struct replay_job *job = job_new(id, set);
+
 	job->progress.waiting = job_is_waiting(job);
 	job_send_progress(job);
+	jobs_schedule();
+}
+
+void replay_job_start_round(const char *behind, uint64_t usecs)
+{
+	static const struct dovetail_job set = {
+		.users = "*", .resume = TRUE,
+	};
+	/* behind all others */
+	struct replay_job *job = job_new(UINT64_MAX, &set);
+
+	job->round = TRUE;
+	job->round_behind = p_strdup(job->pool, behind);
+	job->round_usecs = usecs;
 	jobs_schedule();
 }
 
@@ -1194,8 +1262,14 @@ void replay_jobs_deinit(void)
 	struct replay_job *job;
 	unsigned int i;
 
-	while ((job = jobs.head) != NULL)
+	while ((job = jobs.head) != NULL) {
+		if (job->round) {
+			job_stop(job, DOVETAIL_JOB_FAILED, NULL);
+			job_state_write(job);
+			job_send_done(job);
+		}
 		job_free(&job);
+	}
 	for (i = 0; jobs.peers != NULL && replay.set.peers[i] != NULL; i++)
 		i_free(jobs.peers[i].position);
 }

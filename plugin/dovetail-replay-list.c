@@ -901,10 +901,11 @@ replay_tree_verify(struct replay_user *user, const char *origin,
 {
 	enum dovetail_verified_result verified = DOVETAIL_VERIFIED_EQUAL;
 	enum replay_result result = REPLAY_DONE;
-	ARRAY_TYPE(const_string) texts;
+	ARRAY_TYPE(const_string) texts, after;
 	int ret;
 
 	t_array_init(&texts, 8);
+	t_array_init(&after, 8);
 	ret = tree_compare(user, origin, change, &texts, error_r);
 	if (ret == 0 && array_count(&texts) > 0)
 		verified = DOVETAIL_VERIFIED_DIFFERENT;
@@ -912,9 +913,11 @@ replay_tree_verify(struct replay_user *user, const char *origin,
 	    (change->flags & DOVETAIL_VERIFY_REPAIR) != 0) {
 		result = replay_tree(user, origin, change, error_r);
 		ret = result != REPLAY_DONE ? -1 :
-			tree_compare(user, origin, change, &texts, error_r);
-		if (ret == 0 && array_count(&texts) == 0)
+			tree_compare(user, origin, change, &after, error_r);
+		if (ret == 0 && array_count(&after) == 0)
 			verified = DOVETAIL_VERIFIED_REPAIRED;
+		else
+			texts = after;
 	}
 	if (ret < 0) {
 		verified = DOVETAIL_VERIFIED_UNKNOWN;

@@ -961,14 +961,14 @@ static void stream_report(buffer_t *buf, const struct replay_stream *stream)
 		stream->last_applied));
 }
 
-void replay_streams_report(buffer_t *buf)
+unsigned int replay_streams_report(buffer_t *buf)
 {
 	struct replay_stream *stream;
 
-	dovetail_wire_put_num(buf, array_count(&streams.list));
 	array_foreach_modifiable(&streams.list, stream) T_BEGIN {
 		stream_report(buf, stream);
 		dovetail_redis_commandl(streams.writer, stream_got_info, stream,
 					"XINFO", "STREAM", stream->key, NULL);
 	} T_END;
+	return array_count(&streams.list);
 }

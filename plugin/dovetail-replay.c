@@ -61,6 +61,7 @@ static void replay_try_start(void *context ATTR_UNUSED)
 	timeout_remove(&to_slot);
 	replay_wanted_init();
 	replay_streams_init();
+	replay_round_init();
 	replay_control_init();
 	running = TRUE;
 }
@@ -160,6 +161,7 @@ int main(int argc, char *argv[])
 	timeout_remove(&to_slot);
 	if (running) {
 		replay_control_deinit();
+		replay_round_deinit();
 		replay_streams_deinit();
 		replay_shards_deinit();
 		replay_compare_deinit();

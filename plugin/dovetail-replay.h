@@ -17,10 +17,12 @@
      dovetail-replay-wanted.c   what is lacking here and was asked for
      dovetail-replay-shard.c    answer a peer that lacks entries of our log
      dovetail-replay-job.c      verify, repair, seed: ask the peers
+     dovetail-replay-round.c    ... from time to time, by itself
      dovetail-replay-control.c  the connection to dovetail-queue */
 
 #include "ioloop.h"
 #include "dovetail-change.h"
+#include "dovetail-job.h"
 #include "dovetail-settings.h"
 #include "dovetail-keyring.h"
 
@@ -31,7 +33,6 @@ struct istream;
 struct mail_storage_service_ctx;
 struct mail;
 struct replay_user;
-struct dovetail_job;
 struct dovetail_mailbox_digest;
 struct dovetail_wire_reader;
 
@@ -155,6 +156,26 @@ void replay_job_verified(const char *origin,
 			 const struct dovetail_change_verified *verified);
 /* dovetail-queue has gone, and who wanted the jobs with it. */
 void replay_jobs_deinit(void);
+/* A round over all users, of whom those up to behind ("": none) are done. It waits
+   for other jobs of many users, and has one user in work at a time, begun usecs
+   after the one before. What is found, and the end, is told to
+   dovetail-replay-round.c. */
+void replay_job_start_round(const char *behind, uint64_t usecs);
+
+/* ---- dovetail-replay-round.c ---- */
+
+void replay_round_init(void);
+void replay_round_deinit(void);
+/* The round's job tells: of a mailbox that is not equal, ... */
+void replay_round_result(const struct dovetail_job_result *result);
+/* ... all users up to this one are finished, ... */
+void replay_round_finished(const char *user,
+			   const struct dovetail_job_progress *progress);
+/* ... it has ended. text: why it is not COMPLETE; NULL: dovetail-queue has gone. */
+void replay_round_done(enum dovetail_job_end end, const char *text,
+		       const struct dovetail_job_progress *progress);
+/* As replay_streams_report(). */
+unsigned int replay_round_report(buffer_t *buf);
 
 /* ---- dovetail-replay-mailbox.c, dovetail-replay-list.c ---- */
 
@@ -292,9 +313,9 @@ unsigned int replay_wanted_count(const char *origin);
 
 void replay_streams_init(void);
 void replay_streams_deinit(void);
-/* Append this worker's status rows, as DOVETAIL_FRAME_REPORT has them. buf is not
-   of the data stack: it grows in frames of its own. */
-void replay_streams_report(buffer_t *buf);
+/* Append this worker's status rows, as DOVETAIL_FRAME_REPORT has them; returns how
+   many. buf is not of the data stack: it grows in frames of its own. */
+unsigned int replay_streams_report(buffer_t *buf);
 
 /* ---- dovetail-replay-control.c ---- */
 

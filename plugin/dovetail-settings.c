@@ -16,6 +16,9 @@
 #define DOVETAIL_SHARDS_MAX 64
 #define DOVETAIL_DEFAULT_QUEUE_MAX_SIZE "1G"
 #define DOVETAIL_QUEUE_MAX_SIZE_MIN (16 * 1024 * 1024)
+#define DOVETAIL_DEFAULT_VERIFY_INTERVAL "1d"
+#define DOVETAIL_DEFAULT_VERIFY_RATE "10"
+#define DOVETAIL_VERIFY_RATE_MAX 10000
 
 struct dovetail_settings_parser {
 	pool_t pool;
@@ -306,6 +309,32 @@ dovetail_settings_parse_queue_max_size(struct dovetail_settings_parser *parser,
 }
 
 static int
+dovetail_settings_parse_verify_interval(struct dovetail_settings_parser *parser,
+					const char *value, const char **error_r)
+{
+	return settings_get_time(value, &parser->set->verify_interval_secs,
+				 error_r);
+}
+
+static int
+dovetail_settings_parse_verify_rate(struct dovetail_settings_parser *parser,
+				    const char *value, const char **error_r)
+{
+	unsigned int rate;
+
+	if (str_to_uint(value, &rate) < 0 ||
+	    rate == 0 || rate > DOVETAIL_VERIFY_RATE_MAX) {
+		*error_r = t_strdup_printf(
+			"'%s' is not a number of users per second within 1 and "
+			"%u", str_sanitize(value, 128),
+			DOVETAIL_VERIFY_RATE_MAX);
+		return -1;
+	}
+	parser->set->verify_rate = rate;
+	return 0;
+}
+
+static int
 dovetail_settings_parse_queue_socket(struct dovetail_settings_parser *parser,
 				     const char *value,
 				     const char **error_r ATTR_UNUSED)
@@ -341,6 +370,10 @@ static const struct dovetail_setting dovetail_setting_list[] = {
 	  dovetail_settings_parse_shards },
 	{ "dovetail_queue_max_size", DOVETAIL_DEFAULT_QUEUE_MAX_SIZE,
 	  dovetail_settings_parse_queue_max_size },
+	{ "dovetail_verify_interval", DOVETAIL_DEFAULT_VERIFY_INTERVAL,
+	  dovetail_settings_parse_verify_interval },
+	{ "dovetail_verify_rate", DOVETAIL_DEFAULT_VERIFY_RATE,
+	  dovetail_settings_parse_verify_rate },
 	{ "dovetail_queue_socket", DOVETAIL_DEFAULT_QUEUE_SOCKET,
 	  dovetail_settings_parse_queue_socket },
 };
@@ -432,6 +465,8 @@ static const struct setting_define dovetail_setting_defines[] = {
 	DEF(ENUM, dovetail_ack_failure),
 	DEF(UINT, dovetail_shards),
 	DEF(SIZE, dovetail_queue_max_size),
+	DEF(TIME, dovetail_verify_interval),
+	DEF(UINT, dovetail_verify_rate),
 	DEF(STR_NOVARS, dovetail_queue_socket),
 
 	DEF(STR, default_internal_user),
@@ -454,6 +489,8 @@ static const struct dovetail_setting_values dovetail_setting_defaults = {
 	.dovetail_ack_failure = "proceed:refuse",
 	.dovetail_shards = 4,
 	.dovetail_queue_max_size = 1024ULL * 1024 * 1024,
+	.dovetail_verify_interval = 24 * 3600,
+	.dovetail_verify_rate = 10,
 	.dovetail_queue_socket = DOVETAIL_DEFAULT_QUEUE_SOCKET,
 
 	.default_internal_user = "dovecot",
@@ -494,6 +531,8 @@ const char *dovetail_setting_values_find(void *context, const char *name)
 		return *(const char *const *)value;
 	case SET_UINT:
 		return t_strdup_printf("%u", *(const unsigned int *)value);
+	case SET_TIME:
+		return t_strdup_printf("%us", *(const unsigned int *)value);
 	case SET_TIME_MSECS:
 		return t_strdup_printf("%ums", *(const unsigned int *)value);
 	case SET_SIZE:

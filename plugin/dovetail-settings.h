@@ -45,6 +45,12 @@ struct dovetail_settings {
 	/* dovetail_queue_max_size, bytes of one node's streams in Redis that
 	   no replica has confirmed, default 1G, at least 16M */
 	uoff_t queue_max_size;
+	/* dovetail_verify_interval, default 1 day: how often all users are
+	   compared with the replicas; 0: never */
+	unsigned int verify_interval_secs;
+	/* dovetail_verify_rate, users per second, at most, when they are;
+	   1..10000, default 10 */
+	unsigned int verify_rate;
 	/* dovetail_queue_socket, default "dovetail-queue" in base_dir */
 	const char *queue_socket;
 };
@@ -89,6 +95,8 @@ struct dovetail_setting_values {
 	const char *dovetail_ack_failure;
 	unsigned int dovetail_shards;
 	uoff_t dovetail_queue_max_size;
+	unsigned int dovetail_verify_interval;
+	unsigned int dovetail_verify_rate;
 	const char *dovetail_queue_socket;
 
 	/* Dovecot's own; the queue service needs it */

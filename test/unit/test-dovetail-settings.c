@@ -56,6 +56,8 @@ static void test_dovetail_settings_defaults(void)
 	test_assert(!set.ack_refuse);
 	test_assert(set.shards == 4);
 	test_assert(set.queue_max_size == 1024*1024*1024);
+	test_assert(set.verify_interval_secs == 24*60*60);
+	test_assert(set.verify_rate == 10);
 	test_assert_strcmp(set.queue_socket, "/run/dovecot/dovetail-queue");
 	test_end();
 }
@@ -73,6 +75,8 @@ static void test_dovetail_settings_all(void)
 		"dovetail_ack_failure", "refuse",
 		"dovetail_shards", "64",
 		"dovetail_queue_max_size", "16M",
+		"dovetail_verify_interval", "1 week",
+		"dovetail_verify_rate", "10000",
 		"dovetail_queue_socket", "/q",
 		"acl", "vfile",
 		NULL
@@ -95,6 +99,8 @@ static void test_dovetail_settings_all(void)
 	test_assert(set.ack_refuse);
 	test_assert(set.shards == 64);
 	test_assert(set.queue_max_size == 16*1024*1024);
+	test_assert(set.verify_interval_secs == 7*24*60*60);
+	test_assert(set.verify_rate == 10000);
 	test_assert_strcmp(set.queue_socket, "/q");
 
 	for (i = 0; pairs[i] != NULL; i += 2) {
@@ -172,6 +178,9 @@ static void test_dovetail_settings_invalid(void)
 		{ "dovetail_queue_max_size", "15M", "'15M' is less than 16M (sizes are given as e.g. 1G)" },
 		{ "dovetail_queue_max_size", "1", "'1' is less than 16M (sizes are given as e.g. 1G)" },
 		{ "dovetail_queue_max_size", "lots", "Invalid size: lots" },
+		{ "dovetail_verify_interval", "daily", "Invalid time interval: daily" },
+		{ "dovetail_verify_rate", "0", "'0' is not a number of users per second within 1 and 10000" },
+		{ "dovetail_verify_rate", "10001", "'10001' is not a number of users per second within 1 and 10000" },
 	};
 	struct dovetail_settings set;
 	const char *error;
@@ -206,6 +215,9 @@ static void test_dovetail_settings_limits(void)
 		{ "dovetail_shards", "1" },
 		{ "dovetail_queue_max_size", "16777216" },
 		{ "dovetail_queue_max_size", "2T" },
+		{ "dovetail_verify_interval", "0" },
+		{ "dovetail_verify_interval", "1s" },
+		{ "dovetail_verify_rate", "1" },
 		{ "dovetail_queue_socket", "other" },
 	};
 	struct dovetail_settings set;
@@ -308,6 +320,8 @@ static void test_dovetail_settings_dovecot(void)
 	test_assert(set.ack_refuse == set2.ack_refuse);
 	test_assert(set.shards == set2.shards);
 	test_assert(set.queue_max_size == set2.queue_max_size);
+	test_assert(set.verify_interval_secs == set2.verify_interval_secs);
+	test_assert(set.verify_rate == set2.verify_rate);
 	test_assert_strcmp(set.queue_socket, set2.queue_socket);
 
 	test_assert(settings_parse_keyvalue(parser, "dovetail_ack_timeout",
