@@ -64,10 +64,14 @@ class Script:
 def shell(node, command, input=""):
     """Run a command as root of a node's machine."""
     command = command.replace("/etc/dovecot/dovetail", node.key_dir)
-    done = subprocess.run(
-        ["/bin/bash", "-c", command], cwd=node.dir, input=input, timeout=120,
-        env={"PATH": node.dir + "/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
-        capture_output=True, text=True)
+    for _ in range(3):
+        done = subprocess.run(
+            ["/bin/bash", "-c", command], cwd=node.dir, input=input,
+            env={"PATH": node.dir + "/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
+            timeout=120, capture_output=True, text=True)
+        # Dovecot's auth was just told to reload: the chapter says, again
+        if "User listing returned failure" not in done.stderr:
+            break
     assert done.returncode == 0, (node.name, command, done.stderr)
     return done.stdout
 
@@ -336,6 +340,8 @@ def test_from_23_to_24_and_back(new_cluster):
         r"net_connect_unix\(\S*/stats-writer\) failed",
         "auth: Error: auth-master client: Master requested auth for "
         "nonexistent client",
+        "auth: Error: auth-worker: Aborted LIST request for .: Worker process "
+        "died unexpectedly",
         "imap.*: Error: auth-master: login: .* Login auth request failed",
         r"auth: Error: auth client \d+ disconnected with \d+ pending requests",
         r"-login: Error: master\(imap\): (net_connect_unix\(imap\)|read\(\)) "
