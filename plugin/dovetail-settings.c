@@ -273,6 +273,22 @@ dovetail_settings_parse_ack_failure(struct dovetail_settings_parser *parser,
 }
 
 static int
+dovetail_settings_parse_repair_extra(struct dovetail_settings_parser *parser,
+				     const char *value, const char **error_r)
+{
+	if (strcmp(value, "keep") == 0)
+		parser->set->repair_extra = DOVETAIL_REPAIR_EXTRA_KEEP;
+	else if (strcmp(value, "report") == 0)
+		parser->set->repair_extra = DOVETAIL_REPAIR_EXTRA_REPORT;
+	else {
+		*error_r = t_strdup_printf("'%s' is none of keep, report",
+					   str_sanitize(value, 128));
+		return -1;
+	}
+	return 0;
+}
+
+static int
 dovetail_settings_parse_shards(struct dovetail_settings_parser *parser,
 			       const char *value, const char **error_r)
 {
@@ -366,6 +382,8 @@ static const struct dovetail_setting dovetail_setting_list[] = {
 	  dovetail_settings_parse_ack_timeout },
 	{ "dovetail_ack_failure", "proceed",
 	  dovetail_settings_parse_ack_failure },
+	{ "dovetail_repair_extra", "keep",
+	  dovetail_settings_parse_repair_extra },
 	{ "dovetail_shards", DOVETAIL_DEFAULT_SHARDS,
 	  dovetail_settings_parse_shards },
 	{ "dovetail_queue_max_size", DOVETAIL_DEFAULT_QUEUE_MAX_SIZE,
@@ -463,6 +481,7 @@ static const struct setting_define dovetail_setting_defines[] = {
 	DEF(ENUM, dovetail_ack),
 	DEF(TIME_MSECS, dovetail_ack_timeout),
 	DEF(ENUM, dovetail_ack_failure),
+	DEF(ENUM, dovetail_repair_extra),
 	DEF(UINT, dovetail_shards),
 	DEF(SIZE, dovetail_queue_max_size),
 	DEF(TIME, dovetail_verify_interval),
@@ -487,6 +506,7 @@ static const struct dovetail_setting_values dovetail_setting_defaults = {
 	.dovetail_ack = "queued:local:applied",
 	.dovetail_ack_timeout = 2 * 1000,
 	.dovetail_ack_failure = "proceed:refuse",
+	.dovetail_repair_extra = "keep:report",
 	.dovetail_shards = 4,
 	.dovetail_queue_max_size = 1024ULL * 1024 * 1024,
 	.dovetail_verify_interval = 24 * 3600,

@@ -18,6 +18,15 @@ enum dovetail_ack_level {
 	DOVETAIL_ACK_APPLIED,
 };
 
+/* What happens to messages and mailboxes that a replica has and the primary has
+   not. */
+enum dovetail_repair_extra {
+	/* moved into the folder dovetail-kept of the replica */
+	DOVETAIL_REPAIR_EXTRA_KEEP,
+	/* left where they are, and logged: the replica stays different */
+	DOVETAIL_REPAIR_EXTRA_REPORT,
+};
+
 struct dovetail_settings {
 	/* dovetail_node: this node's name */
 	const char *node;
@@ -40,6 +49,8 @@ struct dovetail_settings {
 	unsigned int ack_timeout_msecs;
 	/* dovetail_ack_failure = proceed | refuse, default proceed */
 	bool ack_refuse;
+	/* dovetail_repair_extra = keep | report, default keep */
+	enum dovetail_repair_extra repair_extra;
 	/* dovetail_shards, 1..64, default 4; the same on all nodes */
 	unsigned int shards;
 	/* dovetail_queue_max_size, bytes of one node's streams in Redis that
@@ -93,6 +104,7 @@ struct dovetail_setting_values {
 	const char *dovetail_ack;
 	unsigned int dovetail_ack_timeout;
 	const char *dovetail_ack_failure;
+	const char *dovetail_repair_extra;
 	unsigned int dovetail_shards;
 	uoff_t dovetail_queue_max_size;
 	unsigned int dovetail_verify_interval;

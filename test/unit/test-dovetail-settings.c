@@ -73,6 +73,7 @@ static void test_dovetail_settings_all(void)
 		"dovetail_ack", "applied",
 		"dovetail_ack_timeout", "500ms",
 		"dovetail_ack_failure", "refuse",
+		"dovetail_repair_extra", "report",
 		"dovetail_shards", "64",
 		"dovetail_queue_max_size", "16M",
 		"dovetail_verify_interval", "1 week",
@@ -97,6 +98,7 @@ static void test_dovetail_settings_all(void)
 	test_assert(set.ack == DOVETAIL_ACK_APPLIED);
 	test_assert(set.ack_timeout_msecs == 500);
 	test_assert(set.ack_refuse);
+	test_assert(set.repair_extra == DOVETAIL_REPAIR_EXTRA_REPORT);
 	test_assert(set.shards == 64);
 	test_assert(set.queue_max_size == 16*1024*1024);
 	test_assert(set.verify_interval_secs == 7*24*60*60);
@@ -134,6 +136,7 @@ static void test_dovetail_settings_unset(void)
 			   "this node's name");
 	test_assert(parse(defaults, &set, &error) == 0);
 	test_assert(set.shards == 4 && set.ack == DOVETAIL_ACK_QUEUED);
+	test_assert(set.repair_extra == DOVETAIL_REPAIR_EXTRA_KEEP);
 	test_assert(set.peers != NULL && set.peers[0] == NULL);
 	test_end();
 }
@@ -171,6 +174,7 @@ static void test_dovetail_settings_invalid(void)
 		{ "dovetail_ack_timeout", "60001ms", "'60001ms' is not within 1ms and 60s" },
 		{ "dovetail_ack_timeout", "-1s", "Invalid time interval: -1s" },
 		{ "dovetail_ack_failure", "yes", "'yes' is none of proceed, refuse" },
+		{ "dovetail_repair_extra", "delete", "'delete' is none of keep, report" },
 		{ "dovetail_shards", "0", "'0' is not a number within 1 and 64" },
 		{ "dovetail_shards", "65", "'65' is not a number within 1 and 64" },
 		{ "dovetail_shards", "4x", "'4x' is not a number within 1 and 64" },
