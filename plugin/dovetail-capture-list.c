@@ -272,9 +272,11 @@ static int tree_add_mailbox(struct mail_namespace *ns,
 	struct mailbox_metadata metadata;
 	struct mailbox *box;
 	enum mail_error mail_error;
+	guid_128_t guid;
 	bool gone;
 
-	if ((info->flags & MAILBOX_NONEXISTENT) != 0)
+	if ((info->flags & MAILBOX_NONEXISTENT) != 0 ||
+	    dovetail_name_is_parts(ns, info->vname, guid))
 		return 0;
 	i_zero(&status);
 	i_zero(&metadata);
@@ -445,6 +447,7 @@ int dovetail_plugin_sweep(struct mail_user *user, bool snapshots,
 	ARRAY(struct mail_namespace *) own;
 	struct mail_namespace *ns;
 	struct mailbox *box;
+	guid_128_t guid;
 	const char *error;
 	unsigned int i, count;
 	int ret;
@@ -471,7 +474,9 @@ int dovetail_plugin_sweep(struct mail_user *user, bool snapshots,
 		while (!duser->unclean &&
 		       (info = mailbox_list_iter_next(iter)) != NULL) {
 			if ((info->flags & (MAILBOX_NOSELECT |
-					    MAILBOX_NONEXISTENT)) != 0)
+					    MAILBOX_NONEXISTENT)) != 0 ||
+			    dovetail_name_is_parts(namespaces[i],
+						   info->vname, guid))
 				continue;
 			box = mailbox_alloc(namespaces[i]->list, info->vname,
 					    MAILBOX_FLAG_IGNORE_ACLS);

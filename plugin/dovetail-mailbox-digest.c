@@ -12,8 +12,6 @@
 #include "dovetail-log.h"
 #include "dovetail-mailbox-digest.h"
 
-#define DOVETAIL_DIGEST_EXT_NAME "dovetail-digest"
-
 /* The flags of an index record that are IMAP's; the others are Dovecot's own. */
 #define DIGEST_FLAGS_MASK \
 	(MAIL_ANSWERED | MAIL_FLAGGED | MAIL_DELETED | MAIL_SEEN | MAIL_DRAFT)

@@ -20,6 +20,9 @@ struct mail_index_view;
 struct mail_index_transaction;
 struct dovetail_mailbox_digest;
 
+/* The extension. */
+#define DOVETAIL_DIGEST_EXT_NAME "dovetail-digest"
+
 /* Of an open mailbox, until it is closed. */
 struct dovetail_mailbox_digest *
 dovetail_mailbox_digest_open(struct mailbox *box);

@@ -261,7 +261,10 @@ static void dovetail_mailbox_close(struct mailbox *box)
 static struct dovetail_user *mailbox_get_duser(struct mailbox *box)
 {
 	struct mail_namespace *ns = mailbox_list_get_namespace(box->list);
+	guid_128_t guid;
 
+	if (dovetail_name_is_parts(ns, box->vname, guid))
+		return NULL;
 	if (ns->owner == NULL || !dovetail_namespace_is_own(ns, ns->owner))
 		return NULL;
 	if (strcmp(box->storage->name, "virtual") == 0 ||

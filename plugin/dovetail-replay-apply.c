@@ -14,6 +14,7 @@
 #include "mail-storage-service.h"
 #include "mail-namespace.h"
 #include "mailbox-list-iter.h"
+#include "dovetail-name.h"
 #include "dovetail-plugin.h"
 #include "dovetail-queue-client.h"
 #include "dovetail-replay.h"
@@ -421,13 +422,15 @@ static int send_namespace_state(struct mail_namespace *ns)
 	const struct mailbox_info *info;
 	struct mailbox *box;
 	const char *error;
+	guid_128_t guid;
 	int ret = 0;
 
 	iter = mailbox_list_iter_init(ns->list, "*",
 		MAILBOX_LIST_ITER_RAW_LIST | MAILBOX_LIST_ITER_NO_AUTO_BOXES);
 	while (ret == 0 && (info = mailbox_list_iter_next(iter)) != NULL) {
 		if ((info->flags & (MAILBOX_NOSELECT |
-				    MAILBOX_NONEXISTENT)) != 0)
+				    MAILBOX_NONEXISTENT)) != 0 ||
+		    dovetail_name_is_parts(ns, info->vname, guid))
 			continue;
 		box = mailbox_alloc(ns->list, info->vname,
 				    MAILBOX_FLAG_IGNORE_ACLS);

@@ -42,9 +42,8 @@
 #define COMPARE_REST_SECS 60
 /* A mailbox is compared again after its repair, so many times. */
 #define COMPARE_PASSES_MAX 3
-/* Messages that are read, or put into place, in one go: others wait. */
+/* Messages that are read in one go: others wait. */
 #define COMPARE_READ_MAX 50
-#define COMPARE_REBUILD_MAX 100
 /* Mailboxes at once; the others' turn comes with their next digest. */
 #define COMPARE_MAX 1000
 /* Messages that are fetched only to say in which way they differ. */
@@ -84,10 +83,13 @@ struct compare {
 	/* ranges to ask about, those in the open question first */
 	ARRAY_TYPE(dovetail_range) todo;
 	unsigned int asked_count;
-	/* messages to fetch, and those that are here already under such a UID */
-	ARRAY_TYPE(seq_range) fetch, replace;
-	/* some of what was fetched waits for a rebuild */
-	bool rebuild;
+	/* messages to fetch, those that are here already under such a UID, and
+	   those that are only here */
+	ARRAY_TYPE(seq_range) fetch, replace, extra;
+	/* what was fetched and waits for a rebuild */
+	ARRAY_TYPE(seq_range) rebuild;
+	/* the primary's, as it said last */
+	uint32_t uid_next;
 	/* a difference was found while we rested */
 	bool again;
 	/* changes came that could not be applied, and were not asked for */
@@ -131,13 +133,16 @@ static void compare_clear(struct compare *c)
 	array_clear(&c->todo);
 	array_clear(&c->fetch);
 	array_clear(&c->replace);
+	array_clear(&c->extra);
+	array_clear(&c->rebuild);
 	array_foreach_elem(&c->texts, text)
 		i_free(text);
 	array_clear(&c->texts);
 	i_free(c->error);
 	c->asked_count = 0;
 	c->differences = 0;
-	c->rebuild = c->repaired = FALSE;
+	c->uid_next = 0;
+	c->repaired = FALSE;
 }
 
 static void compare_free(struct compare *c)
@@ -146,6 +151,8 @@ static void compare_free(struct compare *c)
 	array_free(&c->todo);
 	array_free(&c->fetch);
 	array_free(&c->replace);
+	array_free(&c->extra);
+	array_free(&c->rebuild);
 	array_free(&c->texts);
 	i_free(c->user);
 	i_free(c->origin);
@@ -580,12 +587,7 @@ static int compare_list(struct compare *c, struct replay_user *user,
 	seq_range_array_iter_init(&iter, &extra);
 	while (seq_range_array_iter_nth(&iter, n++, &uid))
 		compare_note(c, "UID %u: only on %s", uid, replay.set.node);
-	if (array_count(&extra) == 0 ||
-	    (c->flags & DOVETAIL_VERIFY_REPAIR) == 0)
-		return 0;
-	if (replay_put_aside(user, box, &extra, error_r) < 0)
-		return -1;
-	c->repaired = TRUE;
+	seq_range_array_merge(&c->extra, &extra);
 	return 0;
 }
 
@@ -675,8 +677,9 @@ static void compare_pass_done(struct compare *c, struct replay_user *user)
 	array_clear(&c->todo);
 	array_clear(&c->fetch);
 	array_clear(&c->replace);
+	array_clear(&c->extra);
+	array_clear(&c->rebuild);
 	c->differences = 0;
-	c->rebuild = FALSE;
 	compare_set_state(c, COMPARE_WAITING);
 	compare_schedule(0);
 }
@@ -699,7 +702,8 @@ static void compare_next(struct compare *c, struct replay_user *user,
 	}
 	if (array_count(&c->fetch) > 0)
 		compare_fetch(c);
-	else if (c->rebuild) {
+	else if (repair && (array_count(&c->rebuild) > 0 ||
+			    array_count(&c->extra) > 0)) {
 		compare_set_state(c, COMPARE_REBUILDING);
 		compare_schedule(0);
 	} else
@@ -753,6 +757,7 @@ void replay_compared(struct replay_user *user, const char *origin,
 	}
 	array_delete(&c->todo, 0, c->asked_count);
 	c->asked_count = 0;
+	c->uid_next = compared->uid_next;
 	compare_ranges(c, user, box, compared);
 	if (array_count(&compared->uids) > 0 &&
 	    compare_list(c, user, box, compared, &error) < 0) {
@@ -869,6 +874,7 @@ replay_compare_messages(struct replay_user *user, const char *origin,
 
 static void compare_rebuild(struct compare *c)
 {
+	ARRAY_TYPE(seq_range) drop;
 	struct replay_user *user;
 	struct mailbox *box;
 	const char *error;
@@ -879,14 +885,18 @@ static void compare_rebuild(struct compare *c)
 			compare_fail(c, "It is not here any more");
 		return;
 	}
-	ret = replay_rebuild_step(user, box, &c->replace, COMPARE_REBUILD_MAX,
-				  &error);
+	/* what did not come any more is not there any more */
+	t_array_init(&drop, 16);
+	array_append_array(&drop, &c->replace);
+	seq_range_array_intersect(&drop, &c->rebuild);
+	seq_range_array_merge(&drop, &c->extra);
+	ret = replay_rebuild(user, box, &drop, &c->rebuild, c->uid_next,
+			     &error);
 	if (ret < 0)
 		compare_fail(c, "%s", error);
-	else if (ret == 0)
-		compare_schedule(0);
 	else {
-		c->repaired = TRUE;
+		c->repaired = c->repaired || array_count(&c->rebuild) > 0 ||
+			(unsigned int)ret < seq_range_count(&c->extra);
 		compare_pass_done(c, user);
 	}
 	replay_user_release(&user);
@@ -913,6 +923,8 @@ void replay_compare_start(const char *user, const char *origin,
 		i_array_init(&c->todo, 16);
 		i_array_init(&c->fetch, 4);
 		i_array_init(&c->replace, 4);
+		i_array_init(&c->extra, 4);
+		i_array_init(&c->rebuild, 4);
 		i_array_init(&c->texts, 4);
 		array_push_back(&compares, &c);
 	} else if (c->state == COMPARE_RESTING) {
@@ -951,6 +963,17 @@ bool replay_compare_takes_gap(const char *user, const guid_128_t guid)
 		return FALSE;
 	c->gap = TRUE;
 	return TRUE;
+}
+
+void replay_compare_expunged(const char *user, const guid_128_t guid,
+			     const ARRAY_TYPE(seq_range) *uids)
+{
+	struct compare *c = compare_find(user, guid);
+
+	if (c != NULL) {
+		seq_range_array_remove_seq_range(&c->fetch, uids);
+		seq_range_array_remove_seq_range(&c->rebuild, uids);
+	}
 }
 
 /* ---- time ---- */
@@ -1164,8 +1187,3 @@ void replay_verify(struct replay_user *user, const char *origin,
 	replay_compare_start(username, origin, verify->guid, verify->name,
 			     verify->flags, verify->number);
 }
-
-/* ---- to be done ---- */
-int replay_rebuild_add(struct replay_user *user ATTR_UNUSED, const char *origin ATTR_UNUSED, struct mailbox *box ATTR_UNUSED, const struct dovetail_change_mailbox *change ATTR_UNUSED, const char **error_r) { *error_r = "Messages in the middle of a mailbox are not replaced yet"; return -1; }
-int replay_rebuild_step(struct replay_user *user ATTR_UNUSED, struct mailbox *box ATTR_UNUSED, const ARRAY_TYPE(seq_range) *drop ATTR_UNUSED, unsigned int max ATTR_UNUSED, const char **error_r) { *error_r = "Messages in the middle of a mailbox are not replaced yet"; return -1; }
-int replay_put_aside(struct replay_user *user ATTR_UNUSED, struct mailbox *box ATTR_UNUSED, const ARRAY_TYPE(seq_range) *uids ATTR_UNUSED, const char **error_r) { *error_r = "Messages in the middle of a mailbox are not replaced yet"; return -1; }

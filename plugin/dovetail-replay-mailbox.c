@@ -24,13 +24,6 @@
 #include "dovetail-position.h"
 #include "dovetail-replay.h"
 
-#define REPLAY_SAVE_FLAGS \
-	(MAILBOX_TRANSACTION_FLAG_EXTERNAL | \
-	 MAILBOX_TRANSACTION_FLAG_ASSIGN_UIDS | \
-	 MAILBOX_TRANSACTION_FLAG_SYNC | MAILBOX_TRANSACTION_FLAG_NO_NOTIFY)
-#define REPLAY_UPDATE_FLAGS \
-	(MAILBOX_TRANSACTION_FLAG_SYNC | MAILBOX_TRANSACTION_FLAG_NO_NOTIFY)
-
 #define REPLAY_FLAGS_MASK \
 	(MAIL_ANSWERED | MAIL_FLAGGED | MAIL_DELETED | MAIL_SEEN | MAIL_DRAFT)
 
@@ -46,6 +39,8 @@ struct replay_mailbox_ctx {
 	uint32_t uid_next;
 	/* messages the change has as new, and which of them are saved by it */
 	ARRAY_TYPE(seq_range) appended, saved;
+	/* a message is missing here, or is another one than the primary's */
+	bool differs;
 	/* the change is a snapshot that came too late */
 	bool old;
 	const char *error;
@@ -95,6 +90,7 @@ int replay_mailbox_create(struct replay_user *user, const char *origin,
 	uint8_t origin_id[DOVETAIL_ORIGIN_ID_SIZE];
 	struct mail_namespace *ns;
 	struct mailbox_update update;
+	enum mailbox_existence existence;
 	struct mailbox *box;
 	enum mail_error mail_error;
 	const char *vname;
@@ -109,10 +105,19 @@ int replay_mailbox_create(struct replay_user *user, const char *origin,
 	update.min_next_uid = uid_next;
 
 	box = mailbox_alloc(ns->list, vname, MAILBOX_FLAG_IGNORE_ACLS);
-	ret = mailbox_create(box, &update, FALSE) < 0 ? -1 : 1;
+	/* Maildir says that it exists, but makes it ours before */
+	if (mailbox_exists(box, FALSE, &existence) == 0 &&
+	    existence == MAILBOX_EXISTENCE_SELECT) {
+		mail_error = MAIL_ERROR_EXISTS;
+		ret = -1;
+	} else {
+		ret = mailbox_create(box, &update, FALSE) < 0 ? -1 : 1;
+		if (ret < 0) {
+			*error_r = t_strdup(mailbox_get_last_internal_error(
+				box, &mail_error));
+		}
+	}
 	if (ret < 0) {
-		*error_r = t_strdup(mailbox_get_last_internal_error(box,
-								    &mail_error));
 		if (mail_error == MAIL_ERROR_EXISTS) {
 			/* A mailbox that appeared by itself, at a login. */
 			if (mailbox_open(box) < 0 ||
@@ -293,8 +298,8 @@ static enum replay_result replay_check_bodies(struct replay_mailbox_ctx *ctx)
 
 /* ---- new messages ---- */
 
-static int replay_save_stream(struct mail_save_context *save_ctx,
-			      struct istream *input)
+int replay_save_stream(struct mail_save_context *save_ctx,
+		       struct istream *input)
 {
 	ssize_t ret;
 
@@ -321,7 +326,7 @@ static int replay_save_stream(struct mail_save_context *save_ctx,
 /* Copying a message without copying its data ignores the save date. mdbox has it
    in the index, sdbox in the cache; Maildir gets a real copy instead, which keeps
    it. */
-static void
+void
 replay_copied_save_date(struct mailbox_transaction_context *t, time_t save_date)
 {
 	struct index_mailbox_context *ibox = INDEX_STORAGE_CONTEXT(t->box);
@@ -421,9 +426,10 @@ replay_hash_of_source(struct replay_mailbox_ctx *ctx,
 			append->copy_uid, hash_r);
 }
 
+/* uid: 0: whatever the mailbox gives it */
 static int replay_save(struct replay_mailbox_ctx *ctx,
 		       struct mailbox_transaction_context *t,
-		       const struct dovetail_op_append *append)
+		       const struct dovetail_op_append *append, uint32_t uid)
 {
 	struct mail_save_context *save_ctx;
 	struct mail_keywords *keywords;
@@ -439,7 +445,7 @@ static int replay_save(struct replay_mailbox_ctx *ctx,
 			       keywords);
 	if (keywords != NULL)
 		mailbox_keywords_unref(&keywords);
-	mailbox_save_set_uid(save_ctx, append->uid);
+	mailbox_save_set_uid(save_ctx, uid);
 	mailbox_save_set_guid(save_ctx, append->guid);
 	mailbox_save_set_received_date(save_ctx, append->received_date, 0);
 	mailbox_save_set_save_date(save_ctx, append->save_date);
@@ -447,7 +453,7 @@ static int replay_save(struct replay_mailbox_ctx *ctx,
 	if (append->pop3_uidl[0] != '\0') {
 		mailbox_save_set_pop3_uidl(save_ctx, append->pop3_uidl);
 		/* sdbox compares the UID with a sequence and would hide it */
-		index_pop3_uidl_set_max_uid(ctx->box, t->itrans, append->uid);
+		index_pop3_uidl_set_max_uid(ctx->box, t->itrans, uid);
 	}
 	if (append->pop3_order > 0)
 		mailbox_save_set_pop3_order(save_ctx, append->pop3_order);
@@ -487,6 +493,25 @@ static int replay_save(struct replay_mailbox_ctx *ctx,
 	return ret;
 }
 
+int replay_mailbox_save(struct replay_user *user,
+			struct mailbox_transaction_context *t,
+			const struct dovetail_change_mailbox *change,
+			const struct dovetail_op_append *append, uint32_t uid,
+			const char **error_r)
+{
+	struct replay_mailbox_ctx ctx = {
+		.user = user,
+		.change = change,
+		.box = t->box,
+	};
+
+	if (replay_save(&ctx, t, append, uid) < 0) {
+		*error_r = ctx.error;
+		return -1;
+	}
+	return 0;
+}
+
 /* Save the messages that are new here. with_position: nothing else follows. */
 static int replay_save_all(struct replay_mailbox_ctx *ctx, bool with_position)
 {
@@ -501,7 +526,7 @@ static int replay_save_all(struct replay_mailbox_ctx *ctx, bool with_position)
 		    op->append.uid < ctx->uid_next)
 			continue;
 		T_BEGIN {
-			ret = replay_save(ctx, t, &op->append);
+			ret = replay_save(ctx, t, &op->append, op->append.uid);
 			ctx->error = ret < 0 ? i_strdup(ctx->error) : NULL;
 		} T_END;
 		if (ret < 0) {
@@ -726,32 +751,32 @@ static bool replay_is_same(struct replay_mailbox_ctx *ctx, struct mail *mail,
 	dovetail_message_guid(append->guid, there);
 	if (guid_128_equals(here, there))
 		return TRUE;
-	ctx->error = t_strdup_printf("UID %u is another message here than at "
-		"the primary: delete the mailbox here to get it anew",
-		append->uid);
+	e_warning(replay.event, "User %s mailbox %s: UID %u is another message "
+		"here than on %s",
+		replay_user_mail_user(ctx->user)->username, ctx->box->vname,
+		append->uid, ctx->origin);
+	ctx->differs = TRUE;
 	return FALSE;
 }
 
 /* Messages that were here already, but come as new: a repeated change. */
-static int replay_appended_again(struct replay_mailbox_ctx *ctx,
-				 struct mail *mail)
+static void replay_appended_again(struct replay_mailbox_ctx *ctx,
+				  struct mail *mail)
 {
 	const struct dovetail_op *op;
-	int ret = 0;
 
 	array_foreach(&ctx->change->ops, op) {
 		if (op->type == DOVETAIL_OP_APPEND &&
 		    !seq_range_exists(&ctx->saved, op->append.uid) &&
 		    mail_set_uid(mail, op->append.uid)) {
 			if (!replay_is_same(ctx, mail, &op->append))
-				ret = -1;
+				continue;
 			replay_set_state(ctx->box, mail, op->append.flags,
 					 op->append.keywords);
 			if (ctx->change->flags != 0)
 				replay_raise_mail_modseq(ctx, mail);
 		}
 	}
-	return ret;
 }
 
 static void replay_op_modseq(struct mail *mail, void *context)
@@ -784,6 +809,9 @@ static void replay_update_delta(struct replay_mailbox_ctx *ctx,
 		case DOVETAIL_OP_EXPUNGE:
 			replay_foreach(mail, &op->uids, NULL,
 				       replay_op_expunge, NULL);
+			replay_compare_expunged(
+				replay_user_mail_user(ctx->user)->username,
+				ctx->change->guid, &op->uids);
 			continue;
 		default:
 			continue;
@@ -875,11 +903,11 @@ static void replay_update_snapshot(struct replay_mailbox_ctx *ctx,
 		} T_END;
 	}
 	if (missing > 0) {
-		e_error(replay.event, "User %s mailbox %s: %u of the primary's "
-			"messages are missing here and cannot be added behind "
-			"newer ones: delete the mailbox here to get it anew",
+		e_warning(replay.event, "User %s mailbox %s: %u of the "
+			"messages on %s are missing here",
 			replay_user_mail_user(ctx->user)->username,
-			ctx->box->vname, missing);
+			ctx->box->vname, missing, ctx->origin);
+		ctx->differs = TRUE;
 	}
 }
 
@@ -891,11 +919,7 @@ static int replay_update_all(struct replay_mailbox_ctx *ctx,
 
 	t = mailbox_transaction_begin(ctx->box, REPLAY_UPDATE_FLAGS, __func__);
 	mail = mail_alloc(t, MAIL_FETCH_FLAGS, NULL);
-	if (replay_appended_again(ctx, mail) < 0) {
-		mail_free(&mail);
-		mailbox_transaction_rollback(&t);
-		return -1;
-	}
+	replay_appended_again(ctx, mail);
 	if (exists != NULL)
 		replay_update_snapshot(ctx, exists, mail);
 	else {
@@ -1099,6 +1123,11 @@ static void replay_compare_digest(struct replay_mailbox_ctx *ctx)
 	struct dovetail_digest here;
 	int ret;
 
+	if (ctx->differs) {
+		replay_compare_start(username, ctx->origin, change->guid,
+				     change->name, DOVETAIL_VERIFY_REPAIR, 0);
+		return;
+	}
 	if ((change->flags & DOVETAIL_MAILBOX_DIGEST) == 0)
 		return;
 	ret = replay_digest_compare(ctx->digest, FALSE, &change->digest, &here);
@@ -1182,7 +1211,8 @@ replay_mailbox_apply(struct replay_mailbox_ctx *ctx, bool wanted)
 int replay_mailbox_add_messages(struct replay_user *user, const char *origin,
 				struct mailbox *box,
 				const struct dovetail_change_mailbox *change,
-				bool *rebuild_r, const char **error_r)
+				ARRAY_TYPE(seq_range) *waiting,
+				const char **error_r)
 {
 	struct dovetail_change_mailbox part = *change;
 	struct replay_mailbox_ctx ctx;
@@ -1208,9 +1238,10 @@ int replay_mailbox_add_messages(struct replay_user *user, const char *origin,
 			array_push_back(&part.ops, op);
 	}
 	if (array_count(&part.ops) > 0) {
-		if (replay_rebuild_add(user, origin, box, &part, error_r) < 0)
+		if (replay_rebuild_add(user, box, &part, error_r) < 0)
 			return -1;
-		*rebuild_r = TRUE;
+		array_foreach(&part.ops, op)
+			seq_range_array_add(waiting, op->append.uid);
 	}
 	if (array_count(&part.ops) < array_count(&change->ops) &&
 	    (replay_check_bodies(&ctx) != REPLAY_DONE ||

@@ -12,6 +12,8 @@
      dovetail-replay-mailbox.c  ... of one mailbox
      dovetail-replay-list.c     ... of the list of mailboxes
      dovetail-replay-compare.c  a mailbox that differs: where, and repair
+     dovetail-replay-rebuild.c  put messages into the middle of a mailbox
+     dovetail-replay-keep.c     keep what only a replica has
      dovetail-replay-users.c    open users and mailboxes
      dovetail-replay-spool.c    bodies that came ahead of their change
      dovetail-replay-wanted.c   what is lacking here and was asked for
@@ -26,8 +28,12 @@
 #include "dovetail-settings.h"
 #include "dovetail-keyring.h"
 
+struct mail;
 struct mail_user;
+struct mail_namespace;
 struct mailbox;
+struct mailbox_transaction_context;
+struct mail_save_context;
 struct mailbox_list;
 struct istream;
 struct mail_storage_service_ctx;
@@ -193,13 +199,14 @@ int replay_digest_compare(struct dovetail_mailbox_digest *md, bool afresh,
 void replay_mail_set_state(struct mailbox *box, struct mail *mail,
 			   uint8_t flags, const char *const *keywords,
 			   uint64_t modseq);
-/* Save the messages of a MESSAGES change. rebuild_r becomes TRUE when some of them
-   have to wait for replay_rebuild_step(). Returns 0, or -1 and error_r (data
+/* Save the messages of a MESSAGES change. Those that have to wait for
+   replay_rebuild() are added to waiting. Returns 0, or -1 and error_r (data
    stack). */
 int replay_mailbox_add_messages(struct replay_user *user, const char *origin,
 				struct mailbox *box,
 				const struct dovetail_change_mailbox *change,
-				bool *rebuild_r, const char **error_r);
+				ARRAY_TYPE(seq_range) *waiting,
+				const char **error_r);
 /* Was a mailbox with this GUID deleted here before? */
 bool replay_mailbox_was_deleted(struct replay_user *user,
 				const guid_128_t guid);
@@ -210,9 +217,33 @@ int replay_mailbox_create(struct replay_user *user, const char *origin,
 			  uint32_t uid_validity, uint32_t uid_next,
 			  const char **error_r);
 
+/* Transactions that are not queued again. */
+#define REPLAY_SAVE_FLAGS \
+	(MAILBOX_TRANSACTION_FLAG_EXTERNAL | \
+	 MAILBOX_TRANSACTION_FLAG_ASSIGN_UIDS | \
+	 MAILBOX_TRANSACTION_FLAG_SYNC | MAILBOX_TRANSACTION_FLAG_NO_NOTIFY)
+#define REPLAY_UPDATE_FLAGS \
+	(MAILBOX_TRANSACTION_FLAG_SYNC | MAILBOX_TRANSACTION_FLAG_NO_NOTIFY)
+
+/* Save a message of the change as the transaction's next; uid 0: with whatever UID
+   the mailbox gives it. Returns 0, or -1 and error_r (data stack). */
+int replay_mailbox_save(struct replay_user *user,
+			struct mailbox_transaction_context *t,
+			const struct dovetail_change_mailbox *change,
+			const struct dovetail_op_append *append, uint32_t uid,
+			const char **error_r);
+/* Save the message whose body input is. save_ctx is freed. */
+int replay_save_stream(struct mail_save_context *save_ctx,
+		       struct istream *input);
+/* The transaction's last message was copied without its data: set its save date,
+   which such a copy ignores. */
+void replay_copied_save_date(struct mailbox_transaction_context *t,
+			     time_t save_date);
+
 enum replay_result
 replay_list(struct replay_user *user, const char *origin,
 	    const struct dovetail_change_list *change, const char **error_r);
+void replay_list_deinit(void);
 enum replay_result
 replay_tree(struct replay_user *user, const char *origin,
 	    const struct dovetail_change_tree *change, const char **error_r);
@@ -244,15 +275,61 @@ replay_compare_messages(struct replay_user *user, const char *origin,
 /* A change of the mailbox does not fit. TRUE: it is being compared, and cares for
    that. */
 bool replay_compare_takes_gap(const char *user, const guid_128_t guid);
+/* uids were expunged at the primary: do not put them into the mailbox. */
+void replay_compare_expunged(const char *user, const guid_128_t guid,
+			     const ARRAY_TYPE(seq_range) *uids);
 int replay_send_verified(const char *user,
 			 const struct dovetail_change_verified *verified,
 			 const char **error_r);
 void replay_compare_deinit(void);
 
-/* ---- to be done ---- */
-int replay_rebuild_add(struct replay_user *user, const char *origin, struct mailbox *box, const struct dovetail_change_mailbox *change, const char **error_r);
-int replay_rebuild_step(struct replay_user *user, struct mailbox *box, const ARRAY_TYPE(seq_range) *drop, unsigned int max, const char **error_r);
-int replay_put_aside(struct replay_user *user, struct mailbox *box, const ARRAY_TYPE(seq_range) *uids, const char **error_r);
+/* ---- dovetail-replay-rebuild.c ---- */
+
+/* Save the APPENDs of a MESSAGES change where they wait for replay_rebuild(). Those
+   that wait already are skipped. They outlive this process. Returns 0, or -1 and
+   error_r (data stack): a body is not here, or cannot be saved. */
+int replay_rebuild_add(struct replay_user *user, struct mailbox *box,
+		       const struct dovetail_change_mailbox *change,
+		       const char **error_r);
+/* Remove the messages drop from the mailbox, put those of the waiting messages into
+   it whose UIDs are in add, and forget the others that wait. Both may be NULL. What
+   changed in the mailbox meanwhile does not matter; but a UID that was added and
+   was expunged at the primary since belongs no longer into add.
+   Of drop, messages that only this replica has (not those that come with add, with
+   their GUID, nor copies of such that stay) are kept, see replay_keep(); with
+   dovetail_repair_extra = report they stay where they are, and what should have
+   taken their UID does not come.
+   uid_next: the primary's, or 0. UIDNEXT goes down to it where messages (and the
+   format: not Maildir) allow it.
+   The box is not valid afterwards. It costs about as much as Dovecot's own rebuild
+   of an index, and who has the mailbox open is disconnected; nothing of that when
+   there is nothing to put in.
+   Returns how many stay that should not, or -1 and error_r (data stack): the
+   mailbox is as it was, but for what was kept and removed of drop; or all is in it
+   and only a keyword or a save date of the new messages is not. Call it again
+   then. */
+int replay_rebuild(struct replay_user *user, struct mailbox *box,
+		   const ARRAY_TYPE(seq_range) *drop,
+		   const ARRAY_TYPE(seq_range) *add, uint32_t uid_next,
+		   const char **error_r);
+/* Remove a mailbox of waiting messages (see dovetail_name_is_parts()) that an
+   interrupted repair left behind. exists: the mailbox they are for is there; a
+   repair may be on its way then, and only old ones are removed. */
+void replay_rebuild_clean(struct mail_namespace *ns, const char *vname,
+			  bool exists);
+
+/* ---- dovetail-replay-keep.c ---- */
+
+/* Copy the messages to the folder where this replica keeps what only it has (see
+   dovetail_name_of_kept()), with flags, dates and GUID. The folder is made when
+   there is none. What is in it already is not copied again. The caller expunges
+   them afterwards.
+   Returns 0, or -1 and error_r (data stack): not all are kept. */
+int replay_keep(struct mailbox *box, const ARRAY_TYPE(seq_range) *uids,
+		const char **error_r);
+/* The same with all messages of a mailbox that the caller deletes afterwards, to a
+   folder of its name below that one. */
+int replay_keep_mailbox(struct mailbox *box, const char **error_r);
 
 /* ---- dovetail-replay-spool.c ---- */
 
