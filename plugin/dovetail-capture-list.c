@@ -10,6 +10,8 @@
 #include "guid.h"
 #include "mail-storage-private.h"
 #include "mailbox-list-iter.h"
+#include "mailbox-list-private.h"
+#include "mailbox-log.h"
 #include "dovetail-name.h"
 #include "dovetail-plugin.h"
 
@@ -343,6 +345,27 @@ static int tree_add_namespace(struct mail_namespace *ns,
 	return 0;
 }
 
+/* What was deleted here, so that a replica can tell it from what got lost. */
+static void tree_add_deleted(struct mail_namespace *ns,
+			     struct dovetail_change_tree *tree)
+{
+	const struct mailbox_log_record *rec;
+	struct mailbox_log_iter *iter;
+	guid_128_t *guid;
+
+	mailbox_list_get_changelog(ns->list);
+	if (ns->list->changelog == NULL)
+		return;
+	iter = mailbox_log_iter_init(ns->list->changelog);
+	while ((rec = mailbox_log_iter_next(iter)) != NULL) {
+		if (rec->type != MAILBOX_LOG_RECORD_DELETE_MAILBOX)
+			continue;
+		guid = array_append_space(&tree->deleted);
+		guid_128_copy(*guid, rec->mailbox_guid);
+	}
+	(void)mailbox_log_iter_deinit(&iter);
+}
+
 static int tree_read(struct mail_user *user, struct dovetail_change_tree *tree,
 		     const char **error_r)
 {
@@ -350,10 +373,14 @@ static int tree_read(struct mail_user *user, struct dovetail_change_tree *tree,
 
 	t_array_init(&tree->mailboxes, 64);
 	t_array_init(&tree->subscriptions, 64);
+	t_array_init(&tree->deleted, 64);
 	for (ns = user->namespaces; ns != NULL; ns = ns->next) {
-		if (dovetail_namespace_is_own(ns, user) &&
-		    tree_add_namespace(ns, tree, error_r) < 0)
+		if (!dovetail_namespace_is_own(ns, user))
+			continue;
+		if (tree_add_namespace(ns, tree, error_r) < 0)
 			return -1;
+		/* after the mailboxes: it has all that were gone by then */
+		tree_add_deleted(ns, tree);
 	}
 	return 0;
 }

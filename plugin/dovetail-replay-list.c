@@ -9,6 +9,7 @@
 #include "guid.h"
 #include "mail-storage-private.h"
 #include "mail-index.h"
+#include "mailbox-guid-cache.h"
 #include "mailbox-list-iter.h"
 #include "maildir-storage.h"
 #include "maildir-uidlist.h"
@@ -294,9 +295,23 @@ list_subscribe(struct replay_user *user, const char *path, bool set,
 			   MAIL_ERROR_NONE, error_r);
 }
 
+/* The mailbox is the origin's, or nothing would be lost if it became that. */
+static bool list_may_update(struct mailbox *box, const char *origin)
+{
+	uint8_t origin_id[DOVETAIL_ORIGIN_ID_SIZE];
+	struct dovetail_position pos;
+	struct mailbox_status status;
+
+	dovetail_origin_id(origin, origin_id);
+	return (dovetail_position_get(box, &pos) &&
+		memcmp(pos.origin, origin_id, sizeof(origin_id)) == 0) ||
+		(mailbox_get_status(box, STATUS_MESSAGES, &status) == 0 &&
+		 status.messages == 0);
+}
+
 static enum replay_result
-list_update(struct replay_user *user, const struct dovetail_change_list *change,
-	    const char **error_r)
+list_update(struct replay_user *user, const char *origin,
+	    const struct dovetail_change_list *change, const char **error_r)
 {
 	struct mailbox_update update;
 	struct mailbox *box;
@@ -310,7 +325,15 @@ list_update(struct replay_user *user, const struct dovetail_change_list *change,
 	guid_128_copy(update.mailbox_guid, change->guid);
 	update.uid_validity = change->uid_validity;
 	update.min_next_uid = change->uid_next;
-	ret = mailbox_open(box) < 0 ? -1 : mailbox_update(box, &update);
+	ret = mailbox_open(box);
+	if (ret == 0 && !list_may_update(box, origin)) {
+		*error_r = t_strdup_printf("Another mailbox has the name %s",
+					   change->name);
+		mailbox_free(&box);
+		return REPLAY_LACKING;
+	}
+	if (ret == 0)
+		ret = mailbox_update(box, &update);
 	return list_finish(&box, ret, MAIL_ERROR_NONE, error_r);
 }
 
@@ -334,7 +357,7 @@ replay_list(struct replay_user *user, const char *origin,
 	case DOVETAIL_LIST_UNSUBSCRIBE:
 		return list_subscribe(user, change->name, FALSE, error_r);
 	case DOVETAIL_LIST_UPDATE:
-		return list_update(user, change, error_r);
+		return list_update(user, origin, change, error_r);
 	}
 	*error_r = "Unknown list action";
 	return REPLAY_FAILED;
@@ -352,6 +375,23 @@ struct tree_local {
 	unsigned int messages;
 };
 
+/* Mailboxes that were missing in one tree. */
+struct tree_doubt {
+	char *user;
+	guid_128_t guid;
+};
+static ARRAY(struct tree_doubt) tree_doubts;
+#define TREE_DOUBTS_MAX 1000
+/* The primary may have folders with our names, but hardly so many. */
+#define TREE_KEPT_MAX 100
+
+struct tree_parts {
+	struct mail_namespace *ns;
+	const char *vname;
+	/* whose messages */
+	guid_128_t guid;
+};
+
 struct tree {
 	struct replay_user *user;
 	const char *origin;
@@ -359,7 +399,18 @@ struct tree {
 	const struct dovetail_change_tree *change;
 	ARRAY(struct tree_local) locals;
 	ARRAY_TYPE(const_string) subscriptions;
+	/* something was */
+	bool deleted;
+	/* what repairs gather messages in */
+	ARRAY(struct tree_parts) parts;
 };
+
+/* It is not the primary's, and no difference. */
+static bool tree_is_kept(const struct tree_local *local)
+{
+	return !local->replicated &&
+		dovetail_name_is_kept(local->ns, local->vname);
+}
 
 static int tree_read_local(struct tree *tree, struct mail_namespace *ns,
 			   const struct mailbox_info *info,
@@ -369,11 +420,20 @@ static int tree_read_local(struct tree *tree, struct mail_namespace *ns,
 	struct mailbox_metadata metadata;
 	struct mailbox_status status;
 	struct tree_local *local;
+	struct tree_parts *parts;
 	struct mailbox *box;
 	enum mail_error mail_error;
+	guid_128_t guid;
 
 	if ((info->flags & (MAILBOX_NOSELECT | MAILBOX_NONEXISTENT)) != 0)
 		return 0;
+	if (dovetail_name_is_parts(ns, info->vname, guid)) {
+		parts = array_append_space(&tree->parts);
+		parts->ns = ns;
+		parts->vname = t_strdup(info->vname);
+		guid_128_copy(parts->guid, guid);
+		return 0;
+	}
 	box = mailbox_alloc(ns->list, info->vname, MAILBOX_FLAG_IGNORE_ACLS);
 	if (mailbox_open(box) < 0 ||
 	    mailbox_get_metadata(box, MAILBOX_METADATA_GUID, &metadata) < 0 ||
@@ -435,6 +495,7 @@ static int tree_read(struct tree *tree, const char **error_r)
 	struct mail_namespace *ns;
 
 	array_clear(&tree->locals);
+	array_clear(&tree->parts);
 	array_clear(&tree->subscriptions);
 	ns = replay_user_mail_user(tree->user)->namespaces;
 	for (; ns != NULL; ns = ns->next) {
@@ -529,48 +590,230 @@ tree_move_aside(struct tree *tree, const char **error_r)
 	return REPLAY_DONE;
 }
 
-/* Mailboxes the primary does not have. Only what came from it goes. */
+/* Another mailbox of the primary has the name. */
+static bool tree_has_path(const struct tree *tree, const char *path)
+{
+	const struct dovetail_tree_mailbox *tm;
+
+	array_foreach(&tree->change->mailboxes, tm) {
+		if (!guid_128_is_empty(tm->guid) && strcmp(tm->name, path) == 0)
+			return TRUE;
+	}
+	return FALSE;
+}
+
+static bool tree_was_deleted(const struct tree *tree, const guid_128_t guid)
+{
+	const guid_128_t *deleted;
+
+	array_foreach(&tree->change->deleted, deleted) {
+		if (guid_128_equals(*deleted, guid))
+			return TRUE;
+	}
+	return FALSE;
+}
+
+/* The mailbox is missing in the tree, and was not deleted. TRUE: so it was in a tree
+   before. A single tree may have been read before the mailbox was made; then it is
+   in the next one, which is asked for here. */
+static bool tree_lacks_for_sure(struct tree *tree, const struct tree_local *local)
+{
+	const char *username = replay_user_mail_user(tree->user)->username;
+	struct tree_doubt *doubt;
+
+	if ((tree->change->flags & DOVETAIL_VERIFY_REPAIR) != 0 ||
+	    tree_has_path(tree, local->path))
+		return TRUE;
+	if (!array_is_created(&tree_doubts))
+		i_array_init(&tree_doubts, 8);
+	array_foreach_modifiable(&tree_doubts, doubt) {
+		if (guid_128_equals(doubt->guid, local->guid) &&
+		    strcmp(doubt->user, username) == 0)
+			return TRUE;
+	}
+	if (array_count(&tree_doubts) >= TREE_DOUBTS_MAX)
+		return FALSE;
+	doubt = array_append_space(&tree_doubts);
+	doubt->user = i_strdup(username);
+	guid_128_copy(doubt->guid, local->guid);
+	/* it answers with the tree */
+	replay_wanted_add(username, tree->origin, local->guid, local->path, 1,
+			  "It is not in the primary's tree");
+	return FALSE;
+}
+
+/* The user's doubts about mailboxes that are in the tree, or no longer here. */
+static void tree_end_doubts(struct tree *tree)
+{
+	const char *username = replay_user_mail_user(tree->user)->username;
+	const struct tree_local *local;
+	struct tree_doubt *doubt;
+	unsigned int i;
+	bool here;
+
+	if (!array_is_created(&tree_doubts))
+		return;
+	for (i = array_count(&tree_doubts); i > 0; i--) {
+		doubt = array_idx_modifiable(&tree_doubts, i - 1);
+		if (strcmp(doubt->user, username) != 0)
+			continue;
+		here = FALSE;
+		array_foreach(&tree->locals, local) {
+			if (guid_128_equals(local->guid, doubt->guid))
+				here = TRUE;
+		}
+		if (!here || tree_find_guid(tree, doubt->guid) != NULL) {
+			i_free(doubt->user);
+			array_delete(&tree_doubts, i - 1, 1);
+		}
+	}
+}
+
+void replay_list_deinit(void)
+{
+	struct tree_doubt *doubt;
+
+	if (!array_is_created(&tree_doubts))
+		return;
+	array_foreach_modifiable(&tree_doubts, doubt)
+		i_free(doubt->user);
+	array_free(&tree_doubts);
+}
+
+/* The folder where we keep what only we have makes room for the primary's of that
+   name. */
+static enum replay_result
+tree_rename_kept(struct tree *tree, const struct tree_local *local,
+		 const char **error_r)
+{
+	const char *below = strchr(local->path, DOVETAIL_NAME_SEP);
+	const char *path, *vname;
+	struct mailbox *box;
+	enum mailbox_existence existence;
+	unsigned int n;
+
+	if (below == NULL)
+		below = "";
+	for (n = 1; n <= TREE_KEPT_MAX; n++) {
+		vname = dovetail_name_of_kept(local->ns, n);
+		path = t_strconcat(dovetail_name_to_path(local->ns, vname),
+				   below, NULL);
+		if (tree_has_path(tree, path))
+			continue;
+		box = list_alloc(tree->user, path, error_r);
+		if (box == NULL)
+			return REPLAY_FAILED;
+		if (mailbox_exists(box, FALSE, &existence) < 0)
+			existence = MAILBOX_EXISTENCE_SELECT;
+		mailbox_free(&box);
+		if (existence != MAILBOX_EXISTENCE_NONE)
+			continue;
+		box = mailbox_alloc(local->ns->list, local->vname,
+				    MAILBOX_FLAG_IGNORE_ACLS);
+		return list_rename_to(tree->user, &box, path,
+				      MAIL_ERROR_NOTFOUND, error_r);
+	}
+	*error_r = "All names for a folder to keep messages in are taken";
+	return REPLAY_FAILED;
+}
+
+static enum replay_result
+tree_keep_messages(const struct tree_local *local, const char **error_r)
+{
+	struct mailbox *box;
+	int ret;
+
+	box = mailbox_alloc(local->ns->list, local->vname,
+			    MAILBOX_FLAG_IGNORE_ACLS);
+	ret = replay_keep_mailbox(box, error_r);
+	mailbox_free(&box);
+	return ret < 0 ? REPLAY_FAILED : REPLAY_DONE;
+}
+
+static enum replay_result
+tree_delete(struct tree *tree, const struct tree_local *local,
+	    const char **error_r)
+{
+	struct mailbox *box;
+
+	tree->deleted = TRUE;
+	if (strcmp(local->path, "INBOX") == 0)
+		return list_reset_inbox(tree->user, error_r);
+	box = mailbox_alloc(local->ns->list, local->vname,
+			    MAILBOX_FLAG_IGNORE_ACLS);
+	return list_finish(&box, mailbox_delete(box), MAIL_ERROR_NOTFOUND,
+			   error_r);
+}
+
+/* A mailbox that the primary does not have. */
+static enum replay_result
+tree_delete_gone_one(struct tree *tree, const struct tree_local *local,
+		     const char **error_r)
+{
+	const char *username = replay_user_mail_user(tree->user)->username;
+	enum replay_result result;
+
+	if (tree_is_kept(local)) {
+		return tree_has_path(tree, local->path) ?
+			tree_rename_kept(tree, local, error_r) : REPLAY_DONE;
+	}
+	if (local->messages == 0) {
+		/* One that was deleted here before was made again by a tree
+		   that came late, perhaps into an index that did not live to
+		   say whose it is. Others come into being by themselves. */
+		if (!local->replicated &&
+		    !replay_mailbox_was_deleted(tree->user, local->guid))
+			return REPLAY_DONE;
+	} else if (!local->replicated ||
+		   !tree_was_deleted(tree, local->guid)) {
+		if (replay.set.repair_extra == DOVETAIL_REPAIR_EXTRA_REPORT) {
+			e_warning(replay.event, "User %s: Mailbox %s is only "
+				"here, not at the primary: it stays "
+				"(dovetail_repair_extra=report)", username,
+				local->vname);
+			return REPLAY_DONE;
+		}
+		if (!tree_lacks_for_sure(tree, local))
+			return REPLAY_DONE;
+		result = tree_keep_messages(local, error_r);
+		if (result != REPLAY_DONE)
+			return result;
+		e_info(replay.event, "User %s: Mailbox %s is only here, "
+		       "deleting it, its messages are kept", username,
+		       local->vname);
+		return tree_delete(tree, local, error_r);
+	}
+	e_info(replay.event, "User %s: Mailbox %s is no longer at the primary, "
+	       "deleting it", username, local->vname);
+	return tree_delete(tree, local, error_r);
+}
+
 static enum replay_result
 tree_delete_gone(struct tree *tree, const char **error_r)
 {
 	const struct tree_local *local;
-	struct mailbox *box;
 	enum replay_result result;
 
 	array_foreach(&tree->locals, local) {
 		if (tree_find_guid(tree, local->guid) != NULL)
 			continue;
-		/* An empty one that was deleted here before was made again by
-		   a tree that came late, perhaps into an index that did not
-		   live to say whose it is. */
-		if (!local->replicated &&
-		    (local->messages > 0 ||
-		     !replay_mailbox_was_deleted(tree->user, local->guid))) {
-			if (local->messages > 0) {
-				e_warning(replay.event, "User %s: Mailbox %s "
-					"is only here, not at the primary: "
-					"keeping it",
-					replay_user_mail_user(tree->user)->username,
-					local->vname);
-			}
-			continue;
-		}
-		e_info(replay.event, "User %s: Mailbox %s is no longer at the "
-		       "primary, deleting it",
-		       replay_user_mail_user(tree->user)->username,
-		       local->vname);
-		if (strcmp(local->path, "INBOX") == 0)
-			result = list_reset_inbox(tree->user, error_r);
-		else {
-			box = mailbox_alloc(local->ns->list, local->vname,
-					    MAILBOX_FLAG_IGNORE_ACLS);
-			result = list_finish(&box, mailbox_delete(box),
-					     MAIL_ERROR_NOTFOUND, error_r);
-		}
+		result = tree_delete_gone_one(tree, local, error_r);
 		if (result != REPLAY_DONE)
 			return result;
 	}
+	tree_end_doubts(tree);
 	return REPLAY_DONE;
+}
+
+/* Interrupted repairs left these behind. */
+static void tree_clean_parts(struct tree *tree)
+{
+	const struct tree_parts *parts;
+
+	array_foreach(&tree->parts, parts) {
+		replay_rebuild_clean(parts->ns, parts->vname,
+			tree_find_guid(tree, parts->guid) != NULL);
+	}
 }
 
 static enum replay_result
@@ -634,6 +877,7 @@ static int tree_delete_dirs(struct tree *tree, struct mail_namespace *ns,
 		if ((info->flags & MAILBOX_NOSELECT) == 0 ||
 		    (info->flags & (MAILBOX_CHILDREN |
 				    MAILBOX_NONEXISTENT)) != 0 ||
+		    dovetail_name_is_kept(ns, info->vname) ||
 		    tree_has_dir(tree, dovetail_name_to_path(ns, info->vname)))
 			continue;
 		vname = t_strdup(info->vname);
@@ -723,6 +967,19 @@ tree_has_child(const struct dovetail_change_tree *change, const char *name)
 	return FALSE;
 }
 
+/* What Dovecot remembers of GUIDs is not looked at again while a user is open, and
+   a name that is another mailbox' by now would be an error. */
+static void tree_forget_guids(struct tree *tree)
+{
+	struct mail_user *mail_user = replay_user_mail_user(tree->user);
+	struct mail_namespace *ns;
+
+	for (ns = mail_user->namespaces; ns != NULL; ns = ns->next) {
+		if (dovetail_namespace_is_own(ns, mail_user))
+			mailbox_guid_cache_refresh(ns->list);
+	}
+}
+
 static int tree_init(struct tree *tree, struct replay_user *user,
 		     const char *origin,
 		     const struct dovetail_change_tree *change,
@@ -734,6 +991,7 @@ static int tree_init(struct tree *tree, struct replay_user *user,
 	tree->change = change;
 	dovetail_origin_id(origin, tree->origin_id);
 	t_array_init(&tree->locals, 64);
+	t_array_init(&tree->parts, 4);
 	t_array_init(&tree->subscriptions, 64);
 
 	replay_user_forget_mailboxes(user);
@@ -755,7 +1013,10 @@ replay_tree(struct replay_user *user, const char *origin,
 		   something is wrong, and deleting them would not mend it. */
 		return REPLAY_DONE;
 	}
+	tree_clean_parts(&tree);
 	result = tree_delete_gone(&tree, error_r);
+	if (tree.deleted)
+		tree_forget_guids(&tree);
 	if (result == REPLAY_DONE)
 		result = tree_move_aside(&tree, error_r);
 	if (result == REPLAY_DONE)
@@ -821,7 +1082,8 @@ static void tree_compare_mailboxes(const struct tree *tree,
 		}
 	}
 	array_foreach(&tree->locals, local) {
-		if (tree_find_guid(tree, local->guid) != NULL)
+		if (tree_find_guid(tree, local->guid) != NULL ||
+		    tree_is_kept(local))
 			continue;
 		/* INBOX and the like come into being by themselves */
 		if (local->replicated || local->messages > 0) {

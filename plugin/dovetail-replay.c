@@ -171,6 +171,7 @@ int main(int argc, char *argv[])
 	}
 	replay_users_deinit();
 	replay_spool_deinit();
+	replay_list_deinit();
 	dovetail_queue_client_unref(&replay.client);
 	mail_storage_service_deinit(&storage_service);
 	dovetail_keyring_close(&replay.keyring);

@@ -224,6 +224,9 @@ enum dovetail_verify_flags {
 struct dovetail_change_tree {
 	ARRAY_TYPE(dovetail_tree_mailbox) mailboxes;
 	ARRAY_TYPE(const_string) subscriptions;
+	/* mailboxes that were deleted, as far back as Dovecot remembers; what is
+	   neither here nor in mailboxes disappeared in another way */
+	ARRAY_TYPE(guid_128_t) deleted;
 	/* not 0: answer with VERIFIED; without REPAIR, only compare */
 	uint32_t number;
 	enum dovetail_verify_flags flags;

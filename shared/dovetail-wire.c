@@ -356,6 +356,7 @@ static void put_tree(buffer_t *buf, const struct dovetail_change_tree *tree)
 {
 	const struct dovetail_tree_mailbox *m;
 	const char *const *name;
+	const guid_128_t *deleted;
 
 	dovetail_wire_put_num(buf, array_count(&tree->mailboxes));
 	array_foreach(&tree->mailboxes, m) {
@@ -367,6 +368,9 @@ static void put_tree(buffer_t *buf, const struct dovetail_change_tree *tree)
 	dovetail_wire_put_num(buf, array_count(&tree->subscriptions));
 	array_foreach(&tree->subscriptions, name)
 		dovetail_wire_put_str(buf, *name);
+	dovetail_wire_put_num(buf, array_count(&tree->deleted));
+	array_foreach(&tree->deleted, deleted)
+		dovetail_wire_put_guid(buf, *deleted);
 	dovetail_wire_put_num(buf, tree->number);
 	dovetail_wire_put_u8(buf, tree->flags);
 }
@@ -895,6 +899,7 @@ static void get_tree(struct decoder *d, struct dovetail_change_tree *tree)
 {
 	struct dovetail_tree_mailbox *m;
 	const char *name;
+	guid_128_t *deleted;
 	unsigned int i, count;
 
 	d->kind = "tree change";
@@ -912,6 +917,12 @@ static void get_tree(struct decoder *d, struct dovetail_change_tree *tree)
 	for (i = 0; i < count && !d->r.failed; i++) {
 		name = get_str(d, "subscription");
 		array_push_back(&tree->subscriptions, &name);
+	}
+	count = get_count(d, "deleted", GUID_128_SIZE);
+	p_array_init(&tree->deleted, d->pool, I_MAX(count, 1));
+	for (i = 0; i < count && !d->r.failed; i++) {
+		deleted = array_append_space(&tree->deleted);
+		get_guid(d, "deleted guid", *deleted);
 	}
 	tree->number = get_num32(d, "number");
 	tree->flags = get_flags(d, "flags", WIRE_VERIFY_FLAGS);

@@ -25,6 +25,7 @@
                num uid_validity  num uid_next (0 unless CREATE, UPDATE)
      TREE      num mailboxes, each: guid  str name  num uid_validity
                num uid_next;  num subscriptions, each: str name;
+               num deleted, each: guid;
                num number  u8 flags (0 unless number)
      REQUEST   guid  str name  num uid_next  uids (may have count 0)
      SPOOL     16 bytes id  num offset  data to the end (1..128 KiB)

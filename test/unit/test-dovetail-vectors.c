@@ -207,6 +207,7 @@ static void text_tree(string_t *str, const struct dovetail_change_tree *tree)
 {
 	const struct dovetail_tree_mailbox *m;
 	const char *const *name;
+	const guid_128_t *deleted;
 
 	str_printfa(str, " number=%u flags=%u", tree->number, tree->flags);
 	array_foreach(&tree->mailboxes, m) {
@@ -217,6 +218,8 @@ static void text_tree(string_t *str, const struct dovetail_change_tree *tree)
 	}
 	array_foreach(&tree->subscriptions, name)
 		text_str(str, " | subscription ", *name);
+	array_foreach(&tree->deleted, deleted)
+		text_hex(str, " | deleted ", *deleted, GUID_128_SIZE);
 }
 
 static void

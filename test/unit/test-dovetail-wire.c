@@ -403,6 +403,7 @@ static void tree_fill(struct dovetail_change *change)
 {
 	struct dovetail_tree_mailbox *m;
 	const char *name = "INBOX";
+	guid_128_t *deleted;
 
 	i_zero(change);
 	change->kind = DOVETAIL_CHANGE_TREE;
@@ -419,6 +420,9 @@ static void tree_fill(struct dovetail_change *change)
 	array_push_back(&change->u.tree.subscriptions, &name);
 	name = "Shared\tx";
 	array_push_back(&change->u.tree.subscriptions, &name);
+	t_array_init(&change->u.tree.deleted, 1);
+	deleted = array_append_space(&change->u.tree.deleted);
+	memcpy(*deleted, guid_a, sizeof(guid_a));
 }
 
 static void request_fill(struct dovetail_change *change)
@@ -821,6 +825,9 @@ static void test_wire_change_fields_verify(void)
 	test_assert(out.u.tree.flags == 7);
 	test_assert(array_count(&out.u.tree.mailboxes) == 2);
 	test_assert(array_count(&out.u.tree.subscriptions) == 2);
+	test_assert(array_count(&out.u.tree.deleted) == 1);
+	test_assert(memcmp(array_front(&out.u.tree.deleted), guid_a,
+			   sizeof(guid_a)) == 0);
 
 	verify_fill(&in);
 	decode_again(&in, &out);
@@ -1384,6 +1391,7 @@ static void test_wire_change_memory(void)
 		{ HEAD("\x03\x01u"), 19, "tree change: mailboxes", FALSE },
 		{ HEAD("\x03\x01u\0"), 1,
 		  "tree change: subscriptions", FALSE },
+		{ HEAD("\x03\x01u\0\0"), 16, "tree change: deleted", FALSE },
 		{ HEAD("\x04\x01u" GUID "\0\0"), 2, "request: uids", FALSE },
 		{ HEAD("\x0a\x01u\x01" "a\x07" GUID "\x01\x07"), 2,
 		  "verified: texts", TRUE },

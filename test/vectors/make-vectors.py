@@ -369,7 +369,8 @@ def list_(action, guid=NO_GUID, name="Archive", new_name="", uid_validity=0,
              uid_validity, uid_next))
 
 
-def tree(mailboxes, subscriptions, user="alice", number=0, flags=0):
+def tree(mailboxes, subscriptions, user="alice", number=0, flags=0,
+         deleted=()):
     data = head(3, user) + num(len(mailboxes))
     text = "tree user=%s number=%d flags=%d" % (qstr(user), number, flags)
     for guid, name, uid_validity, uid_next in mailboxes:
@@ -378,6 +379,8 @@ def tree(mailboxes, subscriptions, user="alice", number=0, flags=0):
             guid.hex(), qstr(name), uid_validity, uid_next)
     data += num(len(subscriptions)) + b"".join(map(bstr, subscriptions))
     text += "".join(" | subscription " + qstr(s) for s in subscriptions)
+    data += num(len(deleted)) + b"".join(deleted)
+    text += "".join(" | deleted " + guid.hex() for guid in deleted)
     return data + num(number) + bytes([flags]), text
 
 
@@ -711,6 +714,8 @@ def make_changes():
                      (GUID_B, "Archive\t2026", 3, 4)],
                     ["INBOX", "Shared\tbob"]))
     ok("TREE, empty", tree([], []))
+    ok("TREE with deletions", tree([(GUID_A, "INBOX", 1, 2)], [],
+                                   deleted=[GUID_B, GUID_A]))
     ok("TREE to be compared", tree([(GUID_A, "INBOX", 1, 2)], ["INBOX"],
                                    number=2**32 - 1))
     ok("TREE to be compared, made equal, and told of",
@@ -1118,8 +1123,11 @@ def make_refused_changes():
         "tree change: mailbox name")
     bad("TREE: more subscriptions than bytes left",
         head(3, "u") + num(0) + num(2**64 - 1), "tree change: subscriptions")
-    bad("TREE: subscription cut off", tree([], ["INBOX"])[0][:-3],
+    bad("TREE: subscription cut off", tree([], ["INBOX"])[0][:-4],
         "tree change: subscription")
+    bad("TREE: more deleted than bytes left",
+        head(3, "u") + num(0) + num(0) + num(1) + bytes(15),
+        "tree change: deleted")
     bad("TREE without number", tree([], [])[0][:-2], "tree change: number")
     bad("TREE: number of 33 bits", tree([], [], number=2**32),
         "tree change: number")
