@@ -261,10 +261,7 @@ static void dovetail_mailbox_close(struct mailbox *box)
 static struct dovetail_user *mailbox_get_duser(struct mailbox *box)
 {
 	struct mail_namespace *ns = mailbox_list_get_namespace(box->list);
-	guid_128_t guid;
 
-	if (dovetail_name_is_parts(ns, box->vname, guid))
-		return NULL;
 	if (ns->owner == NULL || !dovetail_namespace_is_own(ns, ns->owner))
 		return NULL;
 	if (strcmp(box->storage->name, "virtual") == 0 ||
@@ -279,11 +276,14 @@ static void dovetail_mailbox_allocated(struct mailbox *box)
 	struct mailbox_vfuncs *v = box->vlast;
 	struct dovetail_user *duser = mailbox_get_duser(box);
 	struct dovetail_mailbox *dbox;
+	guid_128_t guid;
 
 	if (duser == NULL)
 		return;
 	dbox = p_new(box->pool, struct dovetail_mailbox, 1);
 	dbox->duser = duser;
+	dbox->internal = dovetail_name_is_parts(
+		mailbox_list_get_namespace(box->list), box->vname, guid);
 	dbox->module_ctx.super = *v;
 	box->vlast = &dbox->module_ctx.super;
 	v->transaction_commit = dovetail_transaction_commit;

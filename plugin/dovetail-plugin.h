@@ -50,7 +50,8 @@ struct dovetail_mailbox {
 	union mailbox_module_context module_ctx;
 	struct dovetail_user *duser;
 
-	/* our own second object of a mailbox: no hook may act on it */
+	/* our own second object of a mailbox, or a mailbox that is ours (see
+	   dovetail_name_is_parts()): no hook may act on it */
 	bool internal;
 	/* capture is running on this box: a nested hook must not start again */
 	bool capturing;

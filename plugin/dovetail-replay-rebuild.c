@@ -69,7 +69,9 @@ struct rebuild_part {
 };
 
 struct rebuild {
-	struct mailbox *box, *parts;
+	struct mailbox *box;
+	/* NULL, as all of it: nothing is to be put in */
+	struct mailbox *parts;
 	/* a mail of the parts, and the hashes there */
 	struct mailbox_transaction_context *parts_trans;
 	struct mail *mail;
@@ -879,7 +881,6 @@ static int rebuild_sync_dir(struct rebuild *rb, const char *dir)
 
 static int rebuild_locked_sdbox(struct rebuild *rb, uint32_t uid_next)
 {
-	const char *from = mailbox_get_path(rb->parts);
 	const char *to = mailbox_get_path(rb->box);
 	const struct rebuild_part *part;
 	uint32_t uid;
@@ -890,7 +891,7 @@ static int rebuild_locked_sdbox(struct rebuild *rb, uint32_t uid_next)
 		T_BEGIN {
 			ret = rebuild_link(rb,
 				t_strdup_printf("%s/"SDBOX_MAIL_FILE_FORMAT,
-						from, uid),
+					mailbox_get_path(rb->parts), uid),
 				t_strdup_printf("%s/"SDBOX_MAIL_FILE_FORMAT,
 						to, part->uid));
 		} T_END_PASS_STR_IF(ret < 0, &rb->error);
