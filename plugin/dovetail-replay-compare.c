@@ -8,9 +8,9 @@
    messages (COMPARED). An answer says which place of the mailbox's log it is about.
    All before that stands before it and has been applied here; if we are further
    already, because another process was quicker, we ask again: what differs then
-   differs, whatever is written meanwhile. Flags and keywords are set, messages that are missing or others
-   are fetched (REQUEST, answered by MESSAGES), messages that only we have are put
-   aside and expunged.
+   differs, whatever is written meanwhile. Flags and keywords are set; messages that
+   are missing or others are fetched (REQUEST, answered by MESSAGES), and at last
+   replay_rebuild() puts them where they belong and takes out what only we have.
 
    One repair per mailbox at a time, with a rest after it: what does not become equal
    is tried again now and then, not in a loop. Nothing of this is kept in files: after
@@ -424,6 +424,7 @@ static void compare_read(struct compare *c)
 	ARRAY_TYPE(seq_range) changed;
 	const char *error;
 	unsigned int lacking = 1;
+	bool unreadable = FALSE;
 	int ret;
 
 	if ((ret = compare_open(c, &user, &box)) <= 0) {
@@ -434,19 +435,19 @@ static void compare_read(struct compare *c)
 	md = replay_user_mailbox_digest(user, box);
 	t_array_init(&changed, 8);
 	if ((c->flags & DOVETAIL_VERIFY_DEEP) != 0 && !c->deep_done) {
-		(void)dovetail_mailbox_digest_scrub(md, &c->read_uid,
-						    COMPARE_READ_MAX, TRUE,
-						    &changed);
+		unreadable = dovetail_mailbox_digest_scrub(md, &c->read_uid,
+				COMPARE_READ_MAX, TRUE, &changed) < 0;
+		/* then once more from here: Dovecot may have found out that
+		   files are missing, and removes their messages now */
 		c->deep_done = c->read_uid == 0;
-		lacking = c->deep_done ? 0 : 1;
 	} else {
 		lacking = dovetail_mailbox_digest_fill(md, COMPARE_READ_MAX);
 	}
 	if (dovetail_mailbox_digest_save(md, &error) < 0)
 		compare_fail(c, "%s", error);
-	else if (lacking > 0)
+	else if (!unreadable && lacking > 0)
 		compare_schedule(0);
-	else if (!dovetail_mailbox_digest_now(md, &digest))
+	else if (unreadable || !dovetail_mailbox_digest_now(md, &digest))
 		compare_fail(c, "Some of its messages cannot be read");
 	else
 		compare_begin(c, user);
@@ -684,6 +685,21 @@ static void compare_pass_done(struct compare *c, struct replay_user *user)
 	compare_schedule(0);
 }
 
+/* A look at some of those that differ. */
+static void compare_pick_some(struct compare *c)
+{
+	struct seq_range_iter iter;
+	unsigned int n = 0;
+	uint32_t uid;
+
+	seq_range_array_iter_init(&iter, &c->replace);
+	while (n < COMPARE_EXPLAIN_FETCH_MAX &&
+	       seq_range_array_iter_nth(&iter, n, &uid)) {
+		seq_range_array_add(&c->fetch, uid);
+		n++;
+	}
+}
+
 static void compare_next(struct compare *c, struct replay_user *user,
 			 struct mailbox *box)
 {
@@ -695,10 +711,9 @@ static void compare_next(struct compare *c, struct replay_user *user,
 		return;
 	}
 	if (!repair) {
-		/* a look at some of those that differ */
 		array_clear(&c->fetch);
 		if (explain)
-			array_append_array(&c->fetch, &c->replace);
+			compare_pick_some(c);
 	}
 	if (array_count(&c->fetch) > 0)
 		compare_fetch(c);
@@ -800,7 +815,8 @@ compare_explain_message(struct compare *c, struct mail *mail,
 }
 
 static void compare_explain(struct compare *c, struct mailbox *box,
-			    const struct dovetail_change_mailbox *change)
+			    const struct dovetail_change_mailbox *change,
+			    ARRAY_TYPE(seq_range) *explained)
 {
 	struct mailbox_transaction_context *t;
 	const struct dovetail_op *op;
@@ -810,11 +826,30 @@ static void compare_explain(struct compare *c, struct mailbox *box,
 	mail = mail_alloc(t, 0, NULL);
 	array_foreach(&change->ops, op) T_BEGIN {
 		if (seq_range_exists(&c->replace, op->append.uid) &&
-		    mail_set_uid(mail, op->append.uid))
+		    mail_set_uid(mail, op->append.uid)) {
 			compare_explain_message(c, mail, &op->append);
+			seq_range_array_add(explained, op->append.uid);
+		}
 	} T_END;
 	mail_free(&mail);
 	mailbox_transaction_rollback(&t);
+}
+
+/* Those that were not looked at. */
+static void compare_name_others(struct compare *c,
+				const ARRAY_TYPE(seq_range) *explained)
+{
+	struct seq_range_iter iter;
+	unsigned int n = 0;
+	uint32_t uid;
+
+	seq_range_array_remove_seq_range(&c->replace, explained);
+	seq_range_array_iter_init(&iter, &c->replace);
+	while (seq_range_array_iter_nth(&iter, n++, &uid)) {
+		compare_note(c, "UID %u: another message than on %s", uid,
+			     c->origin);
+	}
+	array_clear(&c->replace);
 }
 
 /* The UIDs up to the last one that came were answered, those that did not come do
@@ -841,6 +876,7 @@ replay_compare_messages(struct replay_user *user, const char *origin,
 {
 	const char *username = replay_user_mail_user(user)->username;
 	struct compare *c = compare_find(username, change->guid);
+	ARRAY_TYPE(seq_range) explained;
 	struct mailbox *box;
 	int ret;
 
@@ -853,8 +889,9 @@ replay_compare_messages(struct replay_user *user, const char *origin,
 			     *error_r);
 		return ret == 0 ? REPLAY_DONE : REPLAY_FAILED;
 	}
+	t_array_init(&explained, 16);
 	if ((c->flags & DOVETAIL_VERIFY_EXPLAIN) != 0)
-		compare_explain(c, box, change);
+		compare_explain(c, box, change, &explained);
 	if ((c->flags & DOVETAIL_VERIFY_REPAIR) != 0) {
 		ret = replay_mailbox_add_messages(user, origin, box, change,
 						  &c->rebuild, error_r);
@@ -866,6 +903,7 @@ replay_compare_messages(struct replay_user *user, const char *origin,
 	} else {
 		/* enough to see what is meant */
 		array_clear(&c->fetch);
+		compare_name_others(c, &explained);
 	}
 	compare_fetched(c, change);
 	compare_next(c, user, box);
@@ -955,13 +993,18 @@ void replay_compare_start(const char *user, const char *origin,
 	compare_schedule(0);
 }
 
+bool replay_compare_is_running(const char *user, const guid_128_t guid)
+{
+	const struct compare *c = compare_find(user, guid);
+
+	return c != NULL && c->state != COMPARE_RESTING;
+}
+
 bool replay_compare_takes_gap(const char *user, const guid_128_t guid)
 {
-	struct compare *c = compare_find(user, guid);
-
-	if (c == NULL || c->state == COMPARE_RESTING)
+	if (!replay_compare_is_running(user, guid))
 		return FALSE;
-	c->gap = TRUE;
+	compare_find(user, guid)->gap = TRUE;
 	return TRUE;
 }
 

@@ -272,6 +272,7 @@ enum replay_result
 replay_compare_messages(struct replay_user *user, const char *origin,
 			const struct dovetail_change_mailbox *change,
 			const char **error_r);
+bool replay_compare_is_running(const char *user, const guid_128_t guid);
 /* A change of the mailbox does not fit. TRUE: it is being compared, and cares for
    that. */
 bool replay_compare_takes_gap(const char *user, const guid_128_t guid);
