@@ -861,13 +861,53 @@ static void replay_snapshot_message(struct replay_snapshot *snapshot,
 	replay_raise_mail_modseq(snapshot->ctx, mail);
 }
 
+/* Expunge messages that are not in the snapshot. Those that came from the primary
+   were expunged there; others, which it never had, are kept. */
+static void replay_snapshot_expunge(struct replay_mailbox_ctx *ctx,
+				    const ARRAY_TYPE(seq_range) *uids,
+				    const ARRAY_TYPE(seq_range) *strange,
+				    struct mail *mail)
+{
+	const char *username = replay_user_mail_user(ctx->user)->username;
+	struct seq_range_iter iter;
+	const char *error;
+	unsigned int n = 0;
+	uint32_t uid;
+
+	if (array_count(strange) > 0) {
+		if (replay.set.repair_extra == DOVETAIL_REPAIR_EXTRA_REPORT) {
+			/* the comparison reports them */
+			ctx->differs = TRUE;
+		} else if (replay_keep(ctx->box, strange, &error) < 0) {
+			e_error(replay.event, "User %s mailbox %s: Messages "
+				"that only this node has stay: %s", username,
+				ctx->box->vname, error);
+			ctx->differs = TRUE;
+		} else {
+			replay_foreach(mail, strange, NULL, replay_op_expunge,
+				       NULL);
+		}
+	}
+	seq_range_array_iter_init(&iter, uids);
+	while (seq_range_array_iter_nth(&iter, n++, &uid)) {
+		e_info(replay.event, "User %s mailbox %s: UID %u is no longer "
+		       "at the primary, expunging it", username,
+		       ctx->box->vname, uid);
+		if (mail_set_uid(mail, uid))
+			mail_expunge(mail);
+	}
+}
+
 /* Make the messages below the snapshot's end what the primary's are. */
 static void replay_update_snapshot(struct replay_mailbox_ctx *ctx,
 				   const ARRAY_TYPE(seq_range) *exists,
 				   struct mail *mail)
 {
 	struct replay_snapshot snapshot = { .ctx = ctx };
+	ARRAY_TYPE(seq_range) gone, strange;
+	uint8_t hash[DOVETAIL_MESSAGE_HASH_SIZE];
 	uint32_t seq, count, end, missing = seq_range_count(exists);
+	bool comparing;
 
 	/* with MORE, nothing is known of what comes behind the last UID */
 	end = ctx->change->uid_next;
@@ -884,6 +924,11 @@ static void replay_update_snapshot(struct replay_mailbox_ctx *ctx,
 			end = I_MAX(end, last->seq2 + 1);
 		}
 	}
+	t_array_init(&gone, 16);
+	t_array_init(&strange, 16);
+	/* it gives every message a hash */
+	comparing = replay_compare_is_running(
+		replay_user_mail_user(ctx->user)->username, ctx->change->guid);
 	count = mail_index_view_get_messages_count(mail->transaction->view);
 	for (seq = 1; seq <= count; seq++) {
 		mail_set_seq(mail, seq);
@@ -892,16 +937,17 @@ static void replay_update_snapshot(struct replay_mailbox_ctx *ctx,
 		if (seq_range_exists(&ctx->appended, mail->uid))
 			continue;
 		if (!seq_range_exists(exists, mail->uid)) {
-			e_info(replay.event, "User %s mailbox %s: UID %u is "
-			       "no longer at the primary, expunging it",
-			       replay_user_mail_user(ctx->user)->username,
-			       ctx->box->vname, mail->uid);
-			mail_expunge(mail);
+			/* what came from the primary has got a hash */
+			seq_range_array_add(comparing ||
+				!dovetail_mailbox_digest_get(ctx->digest,
+							     mail->uid, hash) ?
+				&strange : &gone, mail->uid);
 		} else T_BEGIN {
 			missing--;
 			replay_snapshot_message(&snapshot, mail);
 		} T_END;
 	}
+	replay_snapshot_expunge(ctx, &gone, &strange, mail);
 	if (missing > 0) {
 		e_warning(replay.event, "User %s mailbox %s: %u of the "
 			"messages on %s are missing here",
