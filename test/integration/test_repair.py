@@ -5,6 +5,7 @@ import glob
 import os
 import re
 import shutil
+import subprocess
 
 import pytest
 
@@ -16,9 +17,11 @@ KEPT = "dovetail-kept"
 # Dovecot's words to whoever has a mailbox open whose index is made anew, and
 # what it says when a damaged message is read
 DISTURBED = (r"dovecot.index reset, view is now inconsistent",)
-# what the replica says about the damage that the tests do
+# what Dovecot says about the damage that the tests do
 DAMAGE = (r"Error: Mailbox .*: UID=\d+: read\(.*\) failed:",
-          r"Error: .*Corrupted dbox file",)
+          r"Error: .*Corrupted dbox file", r"already exists, rebuilding index",
+          r"Unexpectedly lost uid",
+          r"Error: .*No such file or directory")
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -58,20 +61,27 @@ def nudge(user, mailbox="INBOX"):
         session.append(mailbox, mail("nudge"))
 
 
-def without_kept(user):
+def without_kept(user, ignore=()):
     """Wait until all is equal but for what the replica keeps."""
+    found = []
+
     def same():
         try:
             a, b = (view.view(n, user) for n in (user.primary, user.replica))
-        except (RuntimeError, Refused, *GONE):
+        except (RuntimeError, Refused, *GONE) as e:
             # a mailbox went away while it was looked at
+            found[:] = [str(e)]
             return False
         for name in list(b.mailboxes):
             if name.split("/")[0] == KEPT:
                 del b.mailboxes[name]
         b.noselect.discard(KEPT)
-        return not view.differences(a, b)
-    wait_for(same, "the replica to be equal but for %s" % KEPT)
+        found[:] = view.differences(a, b, ignore)
+        return not found
+    try:
+        wait_for(same, "the replica to be equal but for %s" % KEPT)
+    except AssertionError as e:
+        raise AssertionError("\n  ".join([str(e), *found])) from None
 
 
 def kept(user, mailbox=KEPT):
@@ -179,11 +189,13 @@ def test_worker_is_killed_meanwhile(user):
 
 # ---- the tree ----
 
-def repair(user):
+def repair(user, *args):
     """What the administrator asks for on the primary; returns the exit
     status."""
-    return user.primary.doveadm("dovetail", "repair", "-u", user.name,
-                                check=False).returncode
+    done = user.primary.doveadm("dovetail", "repair", "-u", user.name, *args,
+                                check=False)
+    print(done.stdout.decode())
+    return done.returncode
 
 
 def only_here(user, name, *texts):
@@ -193,9 +205,13 @@ def only_here(user, name, *texts):
         behind_its_back(user, "save", "-m", name, input=mail(text))
 
 
-def kept_texts(user, mailbox):
+def texts(messages):
     return sorted(re.search(rb"Subject: (.*)\r", m.body)[1].decode()
-                  for m in kept(user, mailbox).values())
+                  for m in messages.values())
+
+
+def kept_texts(user, mailbox):
+    return texts(kept(user, mailbox))
 
 
 def test_mailbox_only_here_is_kept(user):
@@ -275,6 +291,207 @@ def test_primary_has_a_folder_of_that_name(user):
     only_here(user, "mine", "two")
     assert repair(user) == 0
     assert kept_texts(user, KEPT + "-2/mine") == ["one", "two"]
+
+
+# ---- the store itself ----
+
+def store_file(node, user, text):
+    """The file of the store with this text in it."""
+    for path in sorted(glob.glob(node.home(user) + "/**/*", recursive=True)):
+        if os.path.isfile(path) and "dovecot" not in os.path.basename(path):
+            with open(path, "rb") as f:
+                if text in f.read():
+                    return path
+    raise AssertionError("no file with %r" % text)
+
+
+def backup(node, user):
+    """A copy of all the user has on a node, its Dovecot stopped for that."""
+    node.stop()
+    saved = node.home(user) + ".saved"
+    subprocess.run(["cp", "-a", node.home(user), saved], check=True)
+    node.start()
+    return saved
+
+
+def restore(node, user, saved):
+    node.stop()
+    shutil.rmtree(node.home(user))
+    os.rename(saved, node.home(user))
+    node.start()
+
+
+def some_day(user):
+    """What a user does between two backups."""
+    with user.imap() as session:
+        session.append("INBOX", mail("later 1"), mail("later 2"),
+                       flags=r"\Flagged key9")
+        session.select()
+        session.do(r"UID STORE 1,4 +FLAGS (\Deleted)")
+        session.do("UID EXPUNGE 1,4")
+        session.do(r"UID STORE 2:3 +FLAGS (\Answered key8)")
+        session.do("CREATE new")
+        session.append("new", mail("in the new one"))
+        session.do("DELETE folder/child")
+        session.do("RENAME folder renamed")
+
+
+def test_body_altered(user):
+    """A disk that forgets: only who reads the bodies finds out."""
+    path = store_file(user.replica, user, b"\nmessage 4")
+    with open(path, "r+b") as f:
+        data = f.read()
+        f.seek(data.index(b"\nmessage 4"))
+        f.write(b"\nmassage 4")
+    assert repair(user) == 0
+    assert b"\nmassage 4" in user.look()[4].body
+    rows = user.primary.doveadm("-f", "tab", "dovetail", "repair", "--dry-run",
+                                "--deep", "-u", user.name, check=False)
+    assert rows.returncode == 65 and b"UID 4: body" in rows.stdout
+    assert b"\nmassage 4" in user.look()[4].body
+    assert repair(user, "--deep") == 0
+    user.wait_equal()
+    no_leftovers(user)
+
+
+def test_index_of_the_replica_lost(user):
+    user.cluster.expected += DAMAGE
+    user.replica.stop()
+    for path in glob.glob(user.replica.home(user) + "/**/dovecot*",
+                          recursive=True):
+        if re.search(r"\.(index|list)(\.|$)", path):
+            os.unlink(path)
+    user.replica.start()
+    nudge(user)
+    assert repair(user) == 0
+    # mdbox has a save date nowhere else
+    without_kept(user, ["saved"])
+
+
+def test_replica_from_yesterdays_backup(user):
+    user.cluster.expected += ["no longer at the primary, deleting"]
+    saved = backup(user.replica, user)
+    some_day(user)
+    user.wait_equal()
+    restore(user.replica, user, saved)
+    assert repair(user) == 0
+    without_kept(user)
+
+
+def test_replica_from_yesterdays_backup_by_itself(user):
+    """With the next change of each mailbox."""
+    saved = backup(user.replica, user)
+    with user.imap() as session:
+        session.append("INBOX", mail("later 1"), mail("later 2"))
+        session.select()
+        session.do(r"UID STORE 1,5 +FLAGS (\Deleted)")
+        session.do("UID EXPUNGE 1,5")
+        session.do(r"UID STORE 2:3 +FLAGS (\Answered key8)")
+    user.wait_equal()
+    restore(user.replica, user, saved)
+    nudge(user)
+    user.wait_equal()
+
+
+def test_primary_is_resynced(user):
+    """Its log begins anew. What only the replica has stays safe."""
+    behind_its_back(user, "save", "-m", "INBOX", input=mail("only here"))
+    user.doveadm("force-resync", "*")
+    nudge(user)
+    without_kept(user)
+    assert kept_texts(user, KEPT) == ["only here"]
+
+
+def test_primary_from_yesterdays_backup(user):
+    """The primary is the truth. What it lost is kept on the replica."""
+    saved = backup(user.primary, user)
+    some_day(user)
+    user.wait_equal()
+    restore(user.primary, user, saved)
+    # the UIDs of the lost ones are given again; a Maildir's UIDNEXT does not go
+    # back, so it is equal only when the primary has come there
+    for n in range(2):
+        nudge(user)
+        assert repair(user) == 0
+    without_kept(user)
+    assert kept_texts(user, KEPT) == ["later 1", "later 2"]
+    assert kept_texts(user, KEPT + "/new") == ["in the new one"]
+
+
+def test_primary_restored_without_a_stop(user):
+    """Of one user's mail, while others are served."""
+    saved = backup(user.primary, user)
+    some_day(user)
+    user.wait_equal()
+    shutil.rmtree(user.primary.home(user))
+    os.rename(saved, user.primary.home(user))
+    for n in range(2):
+        nudge(user)
+        assert repair(user) == 0
+    without_kept(user)
+    assert kept_texts(user, KEPT) == ["later 1", "later 2"]
+
+
+def test_made_again_under_the_same_name(user):
+    """Behind dovetail's back, at the primary."""
+    user.cluster.expected += ["no longer at the primary, deleting"]
+    for command in ("mailbox delete", "mailbox create"):
+        user.primary.doveadm("-o", "mail_plugins=", *command.split(), "-u",
+                             user.name, "folder/child")
+    user.primary.doveadm("-o", "mail_plugins=", "save", "-u", user.name, "-m",
+                         "folder/child", input=mail("another life"))
+    nudge(user, "folder/child")
+    assert repair(user) == 0
+    user.wait_equal()
+
+
+@pytest.mark.parametrize("mail_format", ["sdbox", "maildir"])
+def test_file_of_a_message_lost(new_cluster, mail_format):
+    """An mdbox has no such file."""
+    cluster = new_cluster(("mdbox", mail_format))
+    cluster.expected = [*DISTURBED, *DAMAGE]
+    user = cluster.user()
+    with user.imap() as session:
+        for n in range(1, 9):
+            session.append("INBOX", mail("message %d" % n), flags=r"\Flagged")
+    user.wait_equal()
+    os.unlink(store_file(user.replica, user, b"\nmessage 4"))
+    # it cannot be read: "could not tell", until Dovecot has noticed, too
+    assert repair(user, "--deep") == (75 if mail_format == "sdbox" else 0)
+    assert repair(user, "--deep") == 0
+    user.wait_equal()
+
+
+def edit_maildir(node, user):
+    """By hand: one message goes, one comes, one gets other flags."""
+    os.unlink(store_file(node, user, b"\nmessage 3"))
+    path = store_file(node, user, b"\nmessage 6")
+    os.rename(path, path.partition(":")[0] + ":2,FR")
+    directory = os.path.dirname(os.path.dirname(path))
+    user.write(os.path.join(directory, "new", "1700000000.M1P1.hand"),
+               mail("by hand").replace(b"\r\n", b"\n"))
+
+
+@pytest.mark.parametrize("formats", [("maildir", "mdbox"), ("sdbox", "maildir")],
+                         ids="-".join)
+def test_maildir_edited_by_hand(new_cluster, formats):
+    cluster = new_cluster(formats)
+    cluster.expected = list(DISTURBED)
+    user = cluster.user()
+    with user.imap() as session:
+        for n in range(1, 9):
+            session.append("INBOX", mail("message %d" % n))
+    user.wait_equal()
+    edited = cluster.a if formats[0] == "maildir" else cluster.b
+    edit_maildir(edited, user)
+    nudge(user)
+    without_kept(user)
+    if edited is cluster.a:
+        assert "by hand" in texts(user.look()) and 3 not in user.look()
+        assert user.flags()[6] == {r"\Flagged", r"\Answered"}
+    else:
+        assert kept_texts(user, KEPT) == ["by hand"]
+    no_leftovers(user)
 
 
 @pytest.mark.parametrize("mail_format", FORMATS)
