@@ -198,8 +198,11 @@ def test_subscriptions_differ(two):
         ("-", "Play is subscribed only on b")]
     # only looked at
     assert user.subscriptions() == ["Play"]
-    rows = found(two.a, "repair", "-u", user)
-    assert rows[str(user), "-", "b"][0] == "repaired"
+    rows = json.loads(dovetail(two.a, "repair", "-u", user,
+                               formatter="json")[0])
+    assert [row["difference"] for row in rows
+            if row["result"] == "repaired"] == [
+        "Work is not subscribed on b", "Play is subscribed only on b"]
     assert user.subscriptions() == ["Work"]
     found(two.a, "verify", "-u", user)
 
