@@ -51,6 +51,10 @@
 #define JOB_ANSWER_SECS 20
 #define JOB_SLOW_ANSWER_SECS 600
 #define JOB_SLOW_MESSAGES_PER_SEC 100
+/* Meanwhile it is asked again, doubling: a peer that is at it takes the new question
+   for the old one, and one that was restarted has forgotten that. */
+#define JOB_REPEAT_SECS 20
+#define JOB_REPEATS_MAX 8
 /* A peer that has confirmed nothing at all for so long is away. */
 #define JOB_PEER_AWAY_SECS 60
 /* Questions that are older have us look how far the peers are. */
@@ -85,6 +89,9 @@ struct job_question {
 	uint64_t usecs;
 	bool again;
 	unsigned int tries;
+	/* of this try: how often it was repeated, and when it began */
+	unsigned int repeats;
+	uint64_t try_usecs;
 	uint32_t messages;
 	/* one for each of dovetail_peers */
 	struct job_answer *answers;
@@ -484,6 +491,7 @@ static void job_question_answered(struct replay_job *job,
 		/* the round's last */
 		if (q->tries >= JOB_TRIES)
 			q->flags |= DOVETAIL_VERIFY_REPAIR;
+		q->repeats = 0;
 		q->again = TRUE;
 		q->usecs = dovetail_monotonic_usecs() +
 			(uint64_t)q->tries * q->tries * JOB_TRY_AGAIN_USECS;
@@ -560,10 +568,12 @@ void replay_job_verified(const char *origin,
 
 /* ---- answers that do not come ---- */
 
-static bool job_peer_is_away(unsigned int peer_idx)
+/* While no question is old, nobody looks at what the peer confirms. */
+static bool
+job_peer_is_away(const struct job_question *q, unsigned int peer_idx)
 {
-	return dovetail_monotonic_usecs() >= jobs.peers[peer_idx].moved_usecs +
-		JOB_PEER_AWAY_SECS * USECS_PER_SEC;
+	return dovetail_monotonic_usecs() >= JOB_PEER_AWAY_SECS * USECS_PER_SEC +
+		I_MAX(jobs.peers[peer_idx].moved_usecs, q->try_usecs);
 }
 
 /* Has the peer had the time to answer? What stands before a question in our log
@@ -571,9 +581,9 @@ static bool job_peer_is_away(unsigned int peer_idx)
 static bool job_is_late(const struct replay_job *job,
 			const struct job_question *q, unsigned int peer_idx)
 {
-	uint64_t since = q->usecs, secs = JOB_ANSWER_SECS;
+	uint64_t since = q->try_usecs, secs = JOB_ANSWER_SECS;
 
-	if (job_peer_is_away(peer_idx))
+	if (job_peer_is_away(q, peer_idx))
 		return TRUE;
 	if (q->flags != 0) {
 		/* one after the other */
@@ -591,10 +601,11 @@ static bool job_answer_late(struct replay_job *job, struct job_question *q,
 			    unsigned int peer_idx)
 {
 	const char *peer = replay.set.peers[peer_idx];
-	bool away = job_peer_is_away(peer_idx);
+	bool away = job_peer_is_away(q, peer_idx);
 
 	if (!away && q->tries < JOB_TRIES &&
 	    job->end == DOVETAIL_JOB_COMPLETE) {
+		q->repeats = 0;
 		q->again = TRUE;
 		q->usecs = dovetail_monotonic_usecs();
 		return TRUE;
@@ -608,6 +619,19 @@ static bool job_answer_late(struct replay_job *job, struct job_question *q,
 			"status\", here and there)", peer));
 	}
 	return FALSE;
+}
+
+static void job_repeat_slow(struct replay_job *job, struct job_question *q)
+{
+	uint64_t secs = (uint64_t)JOB_REPEAT_SECS << q->repeats;
+
+	if (q->again || q->flags == 0 || q->repeats >= JOB_REPEATS_MAX ||
+	    job->end != DOVETAIL_JOB_COMPLETE ||
+	    dovetail_monotonic_usecs() < q->usecs + secs * USECS_PER_SEC)
+		return;
+	q->repeats++;
+	q->again = TRUE;
+	q->usecs = dovetail_monotonic_usecs();
 }
 
 static void job_check_late(struct replay_job *job)
@@ -628,6 +652,8 @@ static void job_check_late(struct replay_job *job)
 		}
 		if (late && !q->again)
 			job_question_answered(job, q);
+		else
+			job_repeat_slow(job, q);
 	}
 }
 
@@ -770,8 +796,11 @@ job_question_ask_opened(struct job_question *q, struct replay_user *user,
 		return ret;
 	q->number = jobs.number;
 	q->usecs = dovetail_monotonic_usecs();
+	if (q->repeats == 0 || q->try_usecs == 0) {
+		q->try_usecs = q->usecs;
+		q->tries++;
+	}
 	q->again = FALSE;
-	q->tries++;
 	memset(q->answers, 0, sizeof(*q->answers) *
 	       str_array_length(replay.set.peers));
 	return JOB_ASKED;

@@ -422,6 +422,20 @@ def test_replica_is_down(new_cluster):
     assert "different" not in err and "unknown" not in err
 
 
+def test_takes_longer_than_a_peer_may_be_silent(two):
+    """Between questions a peer has nothing to confirm."""
+    folders = ["f1", "f2", "f3", "f4"]
+    user = filled(two, folders)
+    with user.imap() as session:
+        for folder in folders:
+            session.append(folder, *[mail("x")] * 21)
+    user.wait_equal()
+    _, err = Command(two.a, "verify", "-u", user, "--rate", "1").end()
+    equal, seconds = re.search(r": (\d+) equal; (\d+)\.", err).groups()
+    # when the last question was asked
+    assert (int(equal), int(seconds) > 61) == (5, True)
+
+
 def test_redis_is_away_for_a_moment(two):
     users = [filled(two) for _ in range(3)]
     two.expect_errors("(?i)redis")
