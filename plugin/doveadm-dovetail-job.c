@@ -88,6 +88,7 @@ static void job_sum(const struct job_run *run,
 		sum_r->different += part->different;
 		sum_r->repaired += part->repaired;
 		sum_r->unknown += part->unknown;
+		sum_r->bytes += part->bytes;
 	}
 }
 
@@ -121,6 +122,8 @@ static void job_append_found(string_t *str,
 		str_printfa(str, ", %"PRIu64" repaired", sum->repaired);
 	if (sum->unknown > 0)
 		str_printfa(str, ", %"PRIu64" unknown", sum->unknown);
+	if (sum->bytes > 0)
+		str_printfa(str, ", %.1f MB sent", sum->bytes / 1000000.0);
 }
 
 static void job_show_progress(struct job_run *run)
@@ -287,7 +290,7 @@ static void job_print_headers(const struct job_run *run)
 {
 	static const char *const counters[] = {
 		"users", "mailboxes", "messages", "equal", "different",
-		"repaired", "unknown", "elsewhere", "seconds", "rate"
+		"repaired", "unknown", "elsewhere", "seconds", "rate", "bytes"
 	};
 	unsigned int i;
 
@@ -323,6 +326,7 @@ static void job_print_summary(const struct job_run *run,
 		doveadm_print_num(sum->users_elsewhere);
 		doveadm_print(t_strdup_printf("%.3f", job_seconds(run)));
 		doveadm_print_num(job_messages_per_second(run, sum));
+		doveadm_print_num(sum->bytes);
 		return;
 	}
 	str_printfa(str, "%s: %"PRIu64" users, %"PRIu64" mailboxes, "

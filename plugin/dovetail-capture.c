@@ -37,10 +37,15 @@
 /* An open mailbox' position is written after this many changes, and when it is
    closed. Who needs it meanwhile asks the queue. */
 #define CAPTURE_UNWRITTEN_MAX 32
-/* A snapshot that nobody asked for brings along the first bodies. */
+/* A snapshot brings along bodies up to this; one that nobody asked for the first
+   ones. (None if the replay service makes it, for a sweep or a job: there it is an
+   old mailbox, and a replica may have all that.) */
 #define CAPTURE_SNAPSHOT_SIZE DOVETAIL_CHANGE_SPLIT_SIZE
 
 #define CAPTURE_NOT_PRIMARY "This node is not the user's primary"
+
+/* by this process */
+static uint64_t bodies_sent;
 
 struct capture {
 	struct mailbox *box;
@@ -331,7 +336,13 @@ static int capture_body(struct capture *c, struct dovetail_op_append *append,
 		return -1;
 	dovetail_message_guid(append->guid, guid);
 	dovetail_body_hash_final(&hash, guid, append->received_date, hash_r);
+	bodies_sent += append->size;
 	return 1;
+}
+
+uint64_t dovetail_plugin_bodies_sent(void)
+{
+	return bodies_sent;
 }
 
 static int copy_hint_cmp(const uint32_t *uid,
@@ -970,7 +981,8 @@ static int capture_run(struct mailbox *box, enum dovetail_capture_trigger trigge
 		ret = capture_log(&c, &pos.queued, &end, &sent);
 	snapshot = ret == 0;
 	if (snapshot)
-		ret = capture_snapshot(&c, 1, &sent);
+		ret = capture_snapshot(&c, !c.duser->replaying ? 1 :
+			mail_index_get_header(c.view)->next_uid, &sent);
 	if (ret > 0 && answer != NULL)
 		ret = capture_answer(&c, answer, context);
 	if (ret < 0)

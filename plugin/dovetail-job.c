@@ -99,6 +99,7 @@ void dovetail_job_progress_put(buffer_t *buf,
 	dovetail_wire_put_num(buf, progress->different);
 	dovetail_wire_put_num(buf, progress->repaired);
 	dovetail_wire_put_num(buf, progress->unknown);
+	dovetail_wire_put_num(buf, progress->bytes);
 }
 
 bool dovetail_job_progress_get(struct dovetail_wire_reader *r,
@@ -116,6 +117,7 @@ bool dovetail_job_progress_get(struct dovetail_wire_reader *r,
 	progress_r->different = dovetail_wire_get_num(r);
 	progress_r->repaired = dovetail_wire_get_num(r);
 	progress_r->unknown = dovetail_wire_get_num(r);
+	progress_r->bytes = dovetail_wire_get_num(r);
 	return dovetail_wire_reader_done(r);
 }
 

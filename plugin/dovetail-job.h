@@ -17,7 +17,7 @@
                num texts, each: str
      progress  u8 waiting, then num each: users, users_all, users_before,
                users_elsewhere, mailboxes, messages, equal, different, repaired,
-               unknown
+               unknown, bytes
      done      u8 enum dovetail_job_end  str text */
 
 #include "dovetail-change.h"
@@ -63,6 +63,8 @@ struct dovetail_job_progress {
 	/* of the mailboxes. A list of mailboxes, or a user that could not be
 	   opened, counts in the last three only. */
 	uint64_t equal, different, repaired, unknown;
+	/* of the bodies that the peers asked the worker for meanwhile */
+	uint64_t bytes;
 };
 
 enum dovetail_job_end {

@@ -163,6 +163,8 @@ int dovetail_plugin_capture_tree(struct mail_user *user, uint32_t *number,
    all is queued, or -1 and error_r. */
 int dovetail_plugin_sweep(struct mail_user *user, bool snapshots,
 			  const char **error_r);
+/* The same: bytes of all bodies that this process queued. */
+uint64_t dovetail_plugin_bodies_sent(void);
 /* The same: the user's role here. Returns FALSE when dovetail is not set up for
    this user. */
 bool dovetail_plugin_get_role(struct mail_user *user, const char **primary_r,

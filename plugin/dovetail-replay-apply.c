@@ -37,6 +37,7 @@ static struct {
 	int (*verify)(struct mailbox *box, uint32_t number,
 		      enum dovetail_verify_flags flags, uint32_t *messages_r,
 		      const char **error_r);
+	uint64_t (*bodies_sent)(void);
 	bool (*get_role)(struct mail_user *user, const char **primary_r,
 			 bool *is_primary_r);
 } plugin;
@@ -62,11 +63,14 @@ static int apply_find_plugin(const char **error_r)
 	plugin.tree = module_get_symbol(module,
 		"dovetail_plugin_capture_tree");
 	plugin.verify = module_get_symbol(module, "dovetail_plugin_verify");
+	plugin.bodies_sent = module_get_symbol(module,
+		"dovetail_plugin_bodies_sent");
 	plugin.get_role = module_get_symbol(module,
 		"dovetail_plugin_get_role");
 	if (plugin.snapshot == NULL || plugin.sweep == NULL ||
 	    plugin.messages == NULL || plugin.compare == NULL ||
 	    plugin.tree == NULL || plugin.verify == NULL ||
+	    plugin.bodies_sent == NULL ||
 	    plugin.get_role == NULL) {
 		plugin.get_role = NULL;
 		*error_r = "The dovetail plugin and dovetail-replay are of "
@@ -386,6 +390,12 @@ int replay_ask_mailbox(struct mailbox *box, uint32_t number,
 		       const char **error_r)
 {
 	return plugin.verify(box, number, flags, messages_r, error_r);
+}
+
+uint64_t replay_bodies_sent(void)
+{
+	/* looked up with the first user */
+	return plugin.get_role == NULL ? 0 : plugin.bodies_sent();
 }
 
 bool replay_queue_works(void)

@@ -140,6 +140,8 @@ struct replay_job {
 	unsigned int end_users;
 
 	struct dovetail_job_progress progress;
+	/* replay_bodies_sent() when it began */
+	uint64_t bodies_before;
 	/* finished users, as the state file has it */
 	unsigned int saved_users;
 };
@@ -238,6 +240,7 @@ static void job_send_progress(struct replay_job *job)
 		job->progress.users = job_finished_users(job);
 	if (job->round)
 		return;
+	job->progress.bytes = replay_bodies_sent() - job->bodies_before;
 	offset = job_frame(job, &buf, DOVETAIL_FRAME_JOB_PROGRESS);
 	dovetail_job_progress_put(buf, &job->progress);
 	dovetail_frame_end(buf, offset);
@@ -1207,6 +1210,7 @@ job_new(uint64_t id, const struct dovetail_job *set)
 	job->id = id;
 	job->set = *set;
 	job->set.users = p_strdup(pool, set->users);
+	job->bodies_before = replay_bodies_sent();
 	job->many = dovetail_job_is_of_many(set);
 	job->answered_usecs = p_new(pool, uint64_t,
 				    str_array_length(replay.set.peers));

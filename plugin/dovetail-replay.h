@@ -118,6 +118,8 @@ int replay_ask_tree(struct replay_user *user, uint32_t *number,
 int replay_ask_mailbox(struct mailbox *box, uint32_t number,
 		       enum dovetail_verify_flags flags, uint32_t *messages_r,
 		       const char **error_r);
+/* Bytes of all bodies that this worker queued: what peers lacked. */
+uint64_t replay_bodies_sent(void);
 /* The queue takes changes: what failed is the mailbox's fault. */
 bool replay_queue_works(void);
 

@@ -401,8 +401,7 @@ def test_from_23_to_24_and_back(new_cluster):
 
         # 3. existing mail
         script = Script(cluster, 10)
-        script.run("a", "doveadm search -A ALL > /dev/null")
-        script.run("a", "while doveadm dovetail status -A | grep -w snapshot")
+        script.run("a", "doveadm dovetail seed")
 
         # 4. compare those that nobody writes to
         compare = script.commands[:]

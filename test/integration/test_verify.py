@@ -134,7 +134,7 @@ def test_equal(two):
     assert numbers.pop("rate") > 0
     assert numbers == {"users": 1, "mailboxes": 2, "messages": 1, "equal": 2,
                        "different": 0, "repaired": 0, "unknown": 0,
-                       "elsewhere": 0}
+                       "elsewhere": 0, "bytes": 0}
     _, err = dovetail(two.a, "verify", "-u", user)
     assert re.search(r"^Info: verify: 1 users, 2 mailboxes, 1 messages: "
                      r"2 equal; \d+\.\d{3} s, \d+ messages/s$", err)
@@ -303,7 +303,7 @@ def test_prints_what_it_gets(two, tmp_path, formatter):
     with FakeQueue(path, welcome, job_frame(JOB_RESULT, 0, row(
             "u\n1", "Grüße", "b", 2, 4294967295, "one\ttext", "another")),
             job_frame(JOB_RESULT, 3, row("u2", "", "", 4, 0)),
-            job_frame(JOB_PROGRESS, 3, num(0), *map(num, range(1, 11))),
+            job_frame(JOB_PROGRESS, 3, num(0), *map(num, range(1, 12))),
             ENDED, hang=True):
         out, err = dovetail(two.a, "verify", "-A", "-a", path,
                             formatter=formatter, exit=DATAERR)
@@ -326,7 +326,7 @@ def test_prints_what_it_gets(two, tmp_path, formatter):
     ([welcome, job_frame(JOB_RESULT, 0, b"\xff")], PROTOCOL,
      "cannot be read"),
     ([welcome, job_frame(JOB_PROGRESS, 9999999, num(0),
-                         *map(num, range(10)))], PROTOCOL, "cannot be read"),
+                         *map(num, range(11)))], PROTOCOL, "cannot be read"),
     ([welcome, job_frame(JOB_RESULT, 0, row(result=5))], PROTOCOL,
      "cannot be read"),
     ([welcome, job_frame(JOB_DONE, 0, num(1), string("because")),

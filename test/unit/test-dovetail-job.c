@@ -186,11 +186,11 @@ static void test_dovetail_job_progress(void)
 		.waiting = TRUE, .users = 1, .users_all = 200,
 		.users_before = 3, .users_elsewhere = 4, .mailboxes = 5,
 		.messages = 1ULL << 40, .equal = 6, .different = 7,
-		.repaired = 8, .unknown = 9,
+		.repaired = 8, .unknown = 9, .bytes = 300,
 	};
 	static const unsigned char expected[] =
 		"\001\001\310\001\003\004\005\200\200\200\200\200\040"
-		"\006\007\010\011";
+		"\006\007\010\011\254\002";
 	struct dovetail_job_progress got;
 	struct dovetail_wire_reader r;
 	buffer_t *buf = t_buffer_create(64);
@@ -206,7 +206,8 @@ static void test_dovetail_job_progress(void)
 		    got.users_before == 3 && got.users_elsewhere == 4 &&
 		    got.mailboxes == 5 && got.messages == 1ULL << 40 &&
 		    got.equal == 6 && got.different == 7 &&
-		    got.repaired == 8 && got.unknown == 9);
+		    got.repaired == 8 && got.unknown == 9 &&
+		    got.bytes == 300);
 	test_end();
 }
 
