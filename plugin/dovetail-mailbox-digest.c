@@ -640,19 +640,31 @@ static void digest_end_at(struct dovetail_mailbox_digest *md,
 	view_get_pos(view, &md->pos);
 }
 
-/* The index was read on since the view was opened. The view shows flags that are newer
-   than it is, then. */
+/* The index was read on since the view was opened, and messages have changed. The view
+   shows flags that are newer than it is, then. */
 static bool digest_view_is_old(struct dovetail_mailbox_digest *md,
 			       struct mail_index_view *view)
 {
+	ARRAY_TYPE(dovetail_log_record) records;
 	struct mail_index_view *head;
 	struct dovetail_log_pos pos, head_pos;
+	const char *error;
+	pool_t pool;
+	bool old;
 
 	head = mail_index_view_open(md->index);
 	view_get_pos(view, &pos);
 	view_get_pos(head, &head_pos);
 	mail_index_view_close(&head);
-	return !log_pos_equals(&pos, &head_pos);
+	if (log_pos_equals(&pos, &head_pos))
+		return FALSE;
+	pool = pool_alloconly_create("dovetail digest", 1024);
+	i_array_init(&records, 8);
+	old = dovetail_log_read(md->index, &pos, &head_pos, pool, &records,
+				&error) <= 0 || array_count(&records) > 0;
+	array_free(&records);
+	pool_unref(&pool);
+	return old;
 }
 
 bool dovetail_mailbox_digest_follow(struct dovetail_mailbox_digest *md,

@@ -50,8 +50,8 @@ void dovetail_mailbox_digest_update(struct mailbox *box,
 				    const uint8_t hash[DOVETAIL_MESSAGE_HASH_SIZE]);
 
 /* Go on to where view stands. TRUE: digest_r is the mailbox's as view shows it. FALSE:
-   it is not known (also when the index has been read on since the view was opened:
-   what a view shows of flags is as new as the index). The view belongs to md
+   it is not known (also when the index has been read on since the view was opened
+   and messages have changed: what a view shows of flags is as new as the index). The view belongs to md
    afterwards. */
 bool dovetail_mailbox_digest_follow(struct dovetail_mailbox_digest *md,
 				    struct mail_index_view *view,
