@@ -32,7 +32,7 @@ void dovetail_frame_end(buffer_t *buf, size_t offset)
 static bool dovetail_frame_type_is_known(unsigned int type)
 {
 	return (type >= DOVETAIL_FRAME_HELLO &&
-		type <= DOVETAIL_FRAME_JOB_DONE) ||
+		type <= DOVETAIL_FRAME_HEALTH_GET) ||
 		(type >= DOVETAIL_FRAME_WELCOME &&
 		 type <= DOVETAIL_FRAME_JOB_PAUSE);
 }

@@ -2,7 +2,8 @@
 #define DOVETAIL_FRAME_H
 
 /* What mail processes, replay workers and doveadm say to dovetail-queue over
-   its unix socket, and what it answers.
+   its unix socket, and what it answers. And what it and doveadm say to
+   dovetail-health over another.
 
    frame := u32 big-endian size of the rest  u8 type  payload
    payloads use the primitives of dovetail-wire.h.
@@ -65,6 +66,16 @@ enum dovetail_frame_type {
 	DOVETAIL_FRAME_JOB_RESULT = 12,
 	DOVETAIL_FRAME_JOB_PROGRESS = 13,
 	DOVETAIL_FRAME_JOB_DONE = 14,
+	/* worker: troubles (dovetail-health-report.h) of single users: they
+	   replace this worker's of before. No answer. */
+	DOVETAIL_FRAME_TROUBLES = 15,
+	/* From the queue to dovetail-health, every second: report
+	   (dovetail-health-report.h). No answer. */
+	DOVETAIL_FRAME_HEALTH = 16,
+	/* From an admin to dovetail-health: num tag, str user ("": of the node
+	   and its peers; "*": and of all users that are not ok).
+	   Answer: STATUS. */
+	DOVETAIL_FRAME_HEALTH_GET = 17,
 
 	/* --- from the queue */
 	/* num DOVETAIL_FRAME_VERSION, str node */
@@ -125,8 +136,11 @@ enum dovetail_frame_type {
 
    The keys of REPORT rows: peer, shard, connection, position, lag, entries,
    rejected, rejected_reasons, set_aside, error, applied_time (seconds since
-   1970). One row of each worker has the peer "", and: verified_time (the same),
-   different, repaired. */
+   1970); for dovetail-health: sealed (when the peer made the last entry that was
+   applied, microseconds since 1970), redis_error, stuck, and of all that the worker
+   has of the peer, in the row of its first shard: lacking, failing, differing,
+   diverged (dovetail-health.h). One row of each worker has the peer
+   "", and: verified_time (seconds since 1970), different, repaired. */
 
 enum dovetail_client_kind {
 	DOVETAIL_CLIENT_MAIL = 0,

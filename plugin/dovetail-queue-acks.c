@@ -7,6 +7,7 @@
 #include "str-sanitize.h"
 #include "dovetail-compat.h"
 #include "dovetail-queue-private.h"
+#include "dovetail-service.h"
 
 #include <hiredis/hiredis.h>
 
@@ -129,6 +130,7 @@ acks_handle_ack(struct dovetail_queue *queue, struct dovetail_queue_peer *peer,
 	   replica until the time has come. */
 	ps->report_usecs = I_MIN(head->time_usecs, dovetail_queue_now_usecs());
 	ps->received = peer->received = ioloop_time;
+	peer->heard_msecs = dovetail_monotonic_msecs();
 	ps->entries = ack->entries;
 	ps->rejected = ack->rejected;
 	ps->set_aside = ack->set_aside;

@@ -13,6 +13,7 @@
 #include "str-sanitize.h"
 #include "dovetail-job.h"
 #include "dovetail-queue-private.h"
+#include "dovetail-service.h"
 
 #include <pwd.h>
 #include <unistd.h>
@@ -82,6 +83,12 @@ struct dovetail_queue_conn {
 	ARRAY(struct dovetail_queue_user *) work;
 	pool_t report_pool;
 	ARRAY(const char *const *) report;
+	/* dovetail_monotonic_msecs() when it came */
+	uint64_t report_msecs;
+	/* NULL: there are none */
+	pool_t troubles_pool;
+	ARRAY_TYPE(dovetail_health_trouble_of) troubles;
+	uint64_t troubles_more, troubles_msecs;
 };
 
 /* ---- out ---- */
@@ -618,25 +625,18 @@ static int conn_handle_position_get(struct dovetail_queue_conn *conn,
 	return 0;
 }
 
-static int conn_handle_check(struct dovetail_queue_conn *conn,
-			     struct dovetail_wire_reader *r)
+const char *dovetail_queue_unreachable(struct dovetail_queue *queue,
+				       enum dovetail_ack_level level)
 {
-	struct dovetail_queue *queue = conn->queue;
 	const char *reason = NULL;
-	uint64_t tag;
-	uint8_t level;
 	unsigned int i;
 
-	tag = dovetail_wire_get_num(r);
-	level = dovetail_wire_get_u8(r);
-	if (!dovetail_wire_reader_done(r))
-		return -1;
+	if (queue->peers_count == 0)
+		return NULL;
 	/* the user is not named: every shard has to work */
 	for (i = 0; i < queue->logs_count && reason == NULL; i++) {
 		struct dovetail_queue_log *log = &queue->logs[i];
 
-		if (queue->peers_count == 0)
-			break;
 		reason = dovetail_queue_log_unavailable(log);
 		if (reason == NULL && log->state != DOVETAIL_QUEUE_LOG_READY)
 			reason = "Redis is not available";
@@ -644,8 +644,23 @@ static int conn_handle_check(struct dovetail_queue_conn *conn,
 			reason = log->error;
 	}
 	if (reason == NULL && level >= DOVETAIL_ACK_APPLIED &&
-	    queue->peers_count > 0 && !dovetail_queue_acks_alive(queue))
+	    !dovetail_queue_acks_alive(queue))
 		reason = "No replica has reported lately";
+	return reason;
+}
+
+static int conn_handle_check(struct dovetail_queue_conn *conn,
+			     struct dovetail_wire_reader *r)
+{
+	const char *reason;
+	uint64_t tag;
+	uint8_t level;
+
+	tag = dovetail_wire_get_num(r);
+	level = dovetail_wire_get_u8(r);
+	if (!dovetail_wire_reader_done(r))
+		return -1;
+	reason = dovetail_queue_unreachable(conn->queue, level);
 	conn_reply(conn, tag, reason == NULL ? DOVETAIL_REPLY_OK :
 		   DOVETAIL_REPLY_UNAVAILABLE, reason == NULL ? "" : reason);
 	return 0;
@@ -699,6 +714,7 @@ static int conn_handle_report(struct dovetail_queue_conn *conn,
 	}
 	pool = conn->report_pool;
 	p_clear(pool);
+	conn->report_msecs = dovetail_monotonic_msecs();
 	p_array_init(&conn->report, pool, rows);
 	for (i = 0; i < rows && !r->failed; i++) {
 		fields = dovetail_wire_get_num(r);
@@ -716,6 +732,21 @@ static int conn_handle_report(struct dovetail_queue_conn *conn,
 		}
 	}
 	return dovetail_wire_reader_done(r) ? 0 : -1;
+}
+
+static int conn_handle_troubles(struct dovetail_queue_conn *conn,
+				struct dovetail_wire_reader *r)
+{
+	pool_unref(&conn->troubles_pool);
+	conn->troubles_pool = pool_alloconly_create("dovetail troubles", 1024);
+	conn->troubles_msecs = dovetail_monotonic_msecs();
+	if (!dovetail_health_troubles_get(r, conn->troubles_pool,
+					  &conn->troubles,
+					  &conn->troubles_more))
+		return -1;
+	if (array_count(&conn->troubles) == 0)
+		pool_unref(&conn->troubles_pool);
+	return 0;
 }
 
 static int conn_handle_swept(struct dovetail_queue_conn *conn,
@@ -787,17 +818,40 @@ void dovetail_queue_conn_work(struct dovetail_queue_conn *conn,
 
 void dovetail_queue_conns_reports(struct dovetail_queue *queue,
 				  void (*callback)(const char *const *fields,
+						   uint64_t age_msecs,
 						   void *context),
 				  void *context)
 {
 	struct dovetail_queue_conn *conn;
 	const char *const *const *rowp;
+	uint64_t now = dovetail_monotonic_msecs();
 
 	for (conn = queue->workers; conn != NULL; conn = conn->worker_next) {
 		if (conn->report_pool == NULL)
 			continue;
 		array_foreach(&conn->report, rowp)
-			callback(*rowp, context);
+			callback(*rowp, now - conn->report_msecs, context);
+	}
+}
+
+void dovetail_queue_conns_troubles(struct dovetail_queue *queue,
+				   ARRAY_TYPE(dovetail_health_trouble_of) *dest,
+				   uint64_t *more)
+{
+	struct dovetail_queue_conn *conn;
+	const struct dovetail_health_trouble_of *trouble;
+	struct dovetail_health_trouble_of *copy;
+	uint64_t now = dovetail_monotonic_msecs();
+
+	for (conn = queue->workers; conn != NULL; conn = conn->worker_next) {
+		if (conn->troubles_pool == NULL)
+			continue;
+		*more += conn->troubles_more;
+		array_foreach(&conn->troubles, trouble) {
+			copy = array_append_space(dest);
+			*copy = *trouble;
+			copy->msecs += now - conn->troubles_msecs;
+		}
 	}
 }
 
@@ -879,6 +933,8 @@ conn_handle_frame(struct dovetail_queue_conn *conn,
 		return conn_handle_status_get(conn, &r);
 	case DOVETAIL_FRAME_REPORT:
 		return worker ? conn_handle_report(conn, &r) : -1;
+	case DOVETAIL_FRAME_TROUBLES:
+		return worker ? conn_handle_troubles(conn, &r) : -1;
 	case DOVETAIL_FRAME_SWEPT:
 		return worker ? conn_handle_swept(conn, &r) : -1;
 	case DOVETAIL_FRAME_JOB:
@@ -1006,6 +1062,7 @@ static void conn_destroy(struct dovetail_queue_conn *conn)
 	dovetail_queue_jobs_conn_closed(queue, conn);
 	array_free(&conn->work);
 	pool_unref(&conn->report_pool);
+	pool_unref(&conn->troubles_pool);
 
 	if (conn->flushing) {
 		array_foreach(&queue->flush, connp) {

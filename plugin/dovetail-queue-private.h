@@ -14,6 +14,7 @@
      dovetail-queue-users.c      dirty users and who sweeps them
      dovetail-queue-jobs.c       verify, repair, seed: from doveadm to workers
      dovetail-queue-status.c     rows for "doveadm dovetail status"
+     dovetail-queue-health.c     the same for dovetail-health
      dovetail-queue-state.c      files in the state directory
 
    A change waits in a group. A group is sealed and sent when the one before it
@@ -21,6 +22,7 @@
    answers, a change waits for nothing but this. */
 
 #include "dovetail-frame.h"
+#include "dovetail-health-report.h"
 #include "dovetail-keyring.h"
 #include "dovetail-queue-backlog.h"
 #include "dovetail-queue-positions.h"
@@ -60,6 +62,8 @@ struct dovetail_queue_user {
 	struct priorityq_item item;
 	/* of those whose mark file may go, by idle_since */
 	struct dovetail_queue_user *prev, *next;
+	/* of the dirty ones, by dirty_msecs */
+	struct dovetail_queue_user *dirty_prev, *dirty_next;
 
 	struct dovetail_queue *queue;
 	char *name;
@@ -86,7 +90,9 @@ struct dovetail_queue_user {
 	/* when to sweep, if dirty */
 	uint64_t due_usecs;
 	unsigned int retry_secs;
-	time_t dirty_since, idle_since;
+	/* dovetail_monotonic_msecs() */
+	uint64_t dirty_msecs;
+	time_t idle_since;
 	/* a literal */
 	const char *reason;
 };
@@ -226,6 +232,8 @@ struct dovetail_queue_peer {
 	struct dovetail_queue_peer_shard *shards;
 	/* any report; 0: never */
 	time_t received;
+	/* the same, dovetail_monotonic_msecs() */
+	uint64_t heard_msecs;
 	/* reports of this peer that were not accepted, and the reasons (bits
 	   of enum dovetail_open_ret) that were logged */
 	uint64_t bad_reports;
@@ -256,6 +264,8 @@ struct dovetail_queue {
 	/* not before the process before us has released its lock: logs and
 	   users do not exist yet, and no client is read */
 	bool started;
+	/* dovetail_monotonic_msecs() */
+	uint64_t started_msecs;
 	/* NULL before start, and without peers */
 	struct dovetail_redis *redis;
 	struct dovetail_queue_log *logs;
@@ -271,7 +281,9 @@ struct dovetail_queue {
 	struct dovetail_queue_positions *positions;
 	HASH_TABLE(char *, struct dovetail_queue_user *) users;
 	struct dovetail_queue_user *idle_head, *idle_tail;
-	unsigned int dirty_count;
+	struct dovetail_queue_user *dirty_head, *dirty_tail;
+	/* failing: of which a sweep has failed */
+	unsigned int dirty_count, dirty_failing_count;
 	char *marks_error;
 
 	struct dovetail_queue_conn *conns, *workers;
@@ -406,11 +418,21 @@ struct dovetail_queue_conn *
 dovetail_queue_conns_worker(struct dovetail_queue *queue, unsigned int shard);
 void dovetail_queue_conn_work(struct dovetail_queue_conn *conn,
 			      struct dovetail_queue_user *user);
-/* Call for each row of the workers' reports. fields: key, value, ..., NULL. */
+/* Call for each row of the workers' reports. fields: key, value, ..., NULL;
+   age_msecs: of the report. */
 void dovetail_queue_conns_reports(struct dovetail_queue *queue,
 				  void (*callback)(const char *const *fields,
+						   uint64_t age_msecs,
 						   void *context),
 				  void *context);
+/* Append the workers' troubles, with their ages of now, and add how many more they
+   have. */
+void dovetail_queue_conns_troubles(struct dovetail_queue *queue,
+				   ARRAY_TYPE(dovetail_health_trouble_of) *dest,
+				   uint64_t *more);
+/* Why a change would not reach this ack level now, or NULL. */
+const char *dovetail_queue_unreachable(struct dovetail_queue *queue,
+				       enum dovetail_ack_level level);
 
 /* ---- dovetail-queue-jobs.c ---- */
 
@@ -436,6 +458,15 @@ void dovetail_queue_jobs_flow(struct dovetail_queue *queue,
 
 /* Append the rows as DOVETAIL_FRAME_STATUS has them, their number first. */
 void dovetail_queue_status(struct dovetail_queue *queue, buffer_t *dest);
+/* What is wrong with Redis, or NULL. */
+const char *dovetail_queue_redis_error(struct dovetail_queue *queue);
+
+/* ---- dovetail-queue-health.c ---- */
+
+/* Tell dovetail-health, if it is there, how things are, from now on. */
+void dovetail_queue_health_init(struct dovetail_queue *queue,
+				const char *socket_path);
+void dovetail_queue_health_deinit(void);
 
 /* ---- dovetail-queue.c ---- */
 

@@ -66,8 +66,7 @@ static const char *lag_str(uint64_t msecs)
 			       (unsigned int)(msecs % 1000));
 }
 
-/* What is wrong with Redis, or NULL. */
-static const char *status_redis_error(struct dovetail_queue *queue)
+const char *dovetail_queue_redis_error(struct dovetail_queue *queue)
 {
 	const char *error;
 	unsigned int i;
@@ -93,7 +92,7 @@ static const char *
 status_peer_connection(struct dovetail_queue *queue,
 		       const struct dovetail_queue_peer *peer)
 {
-	const char *error = status_redis_error(queue);
+	const char *error = dovetail_queue_redis_error(queue);
 
 	if (error != NULL)
 		return error;
@@ -257,7 +256,8 @@ static const char *status_from_reasons(const struct status_from *from)
 	return str_c(str);
 }
 
-static void status_from_add(const char *const *fields, void *context)
+static void status_from_add(const char *const *fields,
+			    uint64_t age_msecs ATTR_UNUSED, void *context)
 {
 	struct status_from_context *ctx = context;
 	struct status_from *from = NULL;
@@ -346,7 +346,8 @@ struct status_verified {
 	unsigned int workers;
 };
 
-static void status_verified_add(const char *const *fields, void *context)
+static void status_verified_add(const char *const *fields,
+				uint64_t age_msecs ATTR_UNUSED, void *context)
 {
 	struct status_verified *sum = context;
 	uint64_t secs;
@@ -364,7 +365,7 @@ static void status_self(struct dovetail_queue *queue, buffer_t *dest,
 {
 	struct dovetail_queue_backlog_sum sum;
 	struct status_verified verified;
-	const char *error = status_redis_error(queue), *connection;
+	const char *error = dovetail_queue_redis_error(queue), *connection;
 	uint64_t entries = 0, bytes = 0;
 	struct row row;
 	unsigned int i;

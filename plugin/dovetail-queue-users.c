@@ -7,6 +7,7 @@
 #include "llist.h"
 #include "priorityq.h"
 #include "dovetail-queue-private.h"
+#include "dovetail-service.h"
 
 /* Busy users do not make and remove a file for each mail. */
 #define MARK_FILE_KEEP_SECS 30
@@ -169,9 +170,12 @@ void dovetail_queue_user_set_dirty(struct dovetail_queue_user *user,
 
 	if (!user->dirty) {
 		user->dirty = TRUE;
-		user->dirty_since = ioloop_time;
+		user->dirty_msecs = dovetail_monotonic_msecs();
 		user->reason = reason;
 		user->queue->dirty_count++;
+		DLLIST2_APPEND_FULL(&user->queue->dirty_head,
+				    &user->queue->dirty_tail, user,
+				    dirty_prev, dirty_next);
 		user_set_idle(user, FALSE);
 		user_write_mark(user);
 		e_debug(event_create_passthrough(user->queue->event)->
@@ -199,12 +203,18 @@ void dovetail_queue_user_swept(struct dovetail_queue_user *user, bool ok)
 	user->worker = NULL;
 	user->again = FALSE;
 	if (!ok) {
+		if (user->retry_secs == 0)
+			queue->dirty_failing_count++;
 		user->retry_secs = user->retry_secs == 0 ? RETRY_MIN_SECS :
 			I_MIN(user->retry_secs * 2, RETRY_MAX_SECS);
 		user_set_due(user, user->retry_secs * 1000);
 		return;
 	}
-	user->retry_secs = 0;
+	if (user->retry_secs != 0) {
+		user->retry_secs = 0;
+		i_assert(queue->dirty_failing_count > 0);
+		queue->dirty_failing_count--;
+	}
 	if (again) {
 		user_set_due(user, SWEEP_AGAIN_DELAY_MSECS);
 		return;
@@ -213,6 +223,8 @@ void dovetail_queue_user_swept(struct dovetail_queue_user *user, bool ok)
 	user->reason = NULL;
 	i_assert(queue->dirty_count > 0);
 	queue->dirty_count--;
+	DLLIST2_REMOVE_FULL(&queue->dirty_head, &queue->dirty_tail, user,
+			    dirty_prev, dirty_next);
 	dovetail_queue_user_release(user);
 }
 

@@ -31,6 +31,7 @@
 /* how long the end waits for answers of Redis */
 #define STOP_TIMEOUT_MSECS 1000
 #define REPLAY_SERVICE_NAME "dovetail-replay"
+#define HEALTH_SERVICE_NAME "dovetail-health"
 #define REPLAY_KNOCK_MSECS (10 * 1000)
 /* The queue may take more again when it is down to this part of its maximum. */
 #define QUEUE_FULL_UNTIL(max) ((max) / 8 * 7)
@@ -123,6 +124,7 @@ static void queue_try_start(struct dovetail_queue *q)
 	if (dovetail_queue_users_init(q, &error) < 0)
 		i_fatal("%s", error);
 	q->started = TRUE;
+	q->started_msecs = dovetail_monotonic_msecs();
 	if (q->peers_count > 0) {
 		q->redis = dovetail_redis_init(q->event, &q->set.redis,
 					       q->password, q->tls,
@@ -430,6 +432,9 @@ int main(int argc, char *argv[])
 	if (set.peers[0] != NULL)
 		to_knock = timeout_add(REPLAY_KNOCK_MSECS, queue_knock, NULL);
 
+	dovetail_queue_health_init(queue, t_strconcat(service.base_dir,
+						"/"HEALTH_SERVICE_NAME, NULL));
+
 	/* After a reload or at the end, when the master closes its pipe: do not
 	   wait for the clients to go, they come back by themselves. */
 	master_service_set_die_with_master(master_service, TRUE);
@@ -437,6 +442,7 @@ int main(int argc, char *argv[])
 	master_service_run(master_service, client_connected);
 
 	timeout_remove(&to_knock);
+	dovetail_queue_health_deinit();
 	i_free(replay_socket);
 	queue_deinit(&queue);
 	pool_unref(&pool);

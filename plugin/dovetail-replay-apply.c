@@ -242,6 +242,7 @@ apply_to_replica(struct replay_user *user, const char *origin,
 			/* what was asked for and is on its way must not make
 			   it again */
 			replay_wanted_gone(change->user, change->u.list.guid);
+			replay_trouble_clear(change->user, change->u.list.guid);
 		}
 		break;
 	case DOVETAIL_CHANGE_TREE:

@@ -195,6 +195,10 @@ compare_note(struct compare *c, const char *fmt, ...)
 		e_warning(replay.event, "User %s mailbox %s: Differs from %s's",
 			  c->user, t_str_replace(c->path, '\t', '/'),
 			  c->origin);
+		replay_trouble_set(c->user, c->origin, c->guid, c->path,
+			(c->flags & DOVETAIL_VERIFY_REPAIR) != 0 ?
+			DOVETAIL_HEALTH_DIFFERING :
+			DOVETAIL_HEALTH_DIVERGED_MAILBOX, "");
 	}
 	va_start(args, fmt);
 	T_BEGIN {
@@ -251,8 +255,23 @@ static void compare_answer(struct compare *c)
 	}
 }
 
+static void compare_tell_health(struct compare *c)
+{
+	if (c->differences > 0) {
+		replay_trouble_set(c->user, c->origin, c->guid, c->path,
+				   DOVETAIL_HEALTH_DIVERGED_MAILBOX,
+				   c->error != NULL ? c->error :
+				   array_idx_elem(&c->texts, 0));
+	} else if (c->error != NULL) {
+		replay_trouble_failed(c->user, c->guid, c->error);
+	} else {
+		replay_trouble_clear(c->user, c->guid);
+	}
+}
+
 static void compare_finish(struct compare *c)
 {
+	compare_tell_health(c);
 	if (c->verify_number != 0) T_BEGIN {
 		compare_answer(c);
 	} T_END;
@@ -1140,6 +1159,12 @@ verify_answer(const char *user, const char *origin,
 	struct dovetail_change_verified verified;
 	const char *error;
 
+	if (result == DOVETAIL_VERIFIED_EQUAL)
+		replay_trouble_clear(user, verify->guid);
+	else if (result == DOVETAIL_VERIFIED_DIFFERENT) {
+		replay_trouble_set(user, origin, verify->guid, verify->name,
+				   DOVETAIL_HEALTH_DIVERGED_MAILBOX, text);
+	}
 	if (verify->number == 0)
 		return;
 	i_zero(&verified);

@@ -18,8 +18,10 @@
 #include <unistd.h>
 
 #define CONTROL_RECONNECT_MSECS 500
-/* Status is for people: not more often than this. */
+/* Status is for people: not more often than this ... */
 #define CONTROL_REPORT_MSECS 500
+/* ... and, since old news is no news, not less often. */
+#define CONTROL_REPORT_IDLE_MSECS 2000
 
 static struct {
 	int fd;
@@ -27,6 +29,8 @@ static struct {
 	struct istream *input;
 	struct ostream *output;
 	struct timeout *to_connect, *to_report, *to_work;
+	/* nothing has changed since the last report */
+	bool reported;
 	/* users to sweep, in order */
 	ARRAY(char *) work;
 } control = { .fd = -1 };
@@ -192,12 +196,24 @@ static void control_report(void *context ATTR_UNUSED)
 	dovetail_frame_end(buf, offset);
 	replay_control_send(buf);
 	buffer_free(&rows);
+
+	buffer_set_used_size(buf, 0);
+	offset = dovetail_frame_begin(buf, DOVETAIL_FRAME_TROUBLES);
+	if (replay_troubles_put(buf)) {
+		dovetail_frame_end(buf, offset);
+		replay_control_send(buf);
+	}
 	buffer_free(&buf);
+	control.reported = TRUE;
+	control.to_report = timeout_add(CONTROL_REPORT_IDLE_MSECS,
+					control_report, NULL);
 }
 
 void replay_control_changed(void)
 {
-	if (control.fd != -1 && control.to_report == NULL) {
+	if (control.fd != -1 && control.reported) {
+		control.reported = FALSE;
+		timeout_remove(&control.to_report);
 		control.to_report = timeout_add_short(CONTROL_REPORT_MSECS,
 						control_report, NULL);
 	}
@@ -232,6 +248,7 @@ static void control_connect(void *context ATTR_UNUSED)
 	dovetail_wire_put_num(buf, replay.slots);
 	dovetail_frame_end(buf, offset);
 	replay_control_send(buf);
+	replay_troubles_connected();
 	control_report(NULL);
 }
 

@@ -1177,9 +1177,14 @@ static void replay_compare_digest(struct replay_mailbox_ctx *ctx)
 	if ((change->flags & DOVETAIL_MAILBOX_DIGEST) == 0)
 		return;
 	ret = replay_digest_compare(ctx->digest, FALSE, &change->digest, &here);
-	if (ret > 0)
+	if (ret > 0) {
+		replay_trouble_clear(username, change->guid);
 		return;
+	}
 	if (ret == 0) {
+		replay_trouble_set(username, ctx->origin, change->guid,
+				   change->name, DOVETAIL_HEALTH_DIFFERING,
+				   "");
 		/* or the digest does: the comparison tells */
 		e_debug(replay.event, "User %s mailbox %s: Digest differs from "
 			"%s's (%u messages here, %u there)", username,

@@ -918,7 +918,8 @@ static void report_field(buffer_t *buf, const char *key, const char *value)
 static void stream_report(buffer_t *buf, const struct replay_stream *stream)
 {
 	const char *error = dovetail_redis_is_ready(streams.reader) ? NULL :
-		dovetail_redis_last_error(streams.reader);
+		dovetail_redis_last_error(streams.reader), *stuck;
+	struct dovetail_health_troubles troubles;
 	string_t *reasons = t_str_new(64);
 	unsigned int i;
 
@@ -934,14 +935,29 @@ static void stream_report(buffer_t *buf, const struct replay_stream *stream)
 			    str_len(reasons) == 0 ? "" : " ", stream->gaps);
 	}
 
-	dovetail_wire_put_num(buf, 11);
+	if (!dovetail_redis_is_ready(streams.reader) && error == NULL)
+		error = "connecting to Redis";
+	stuck = stream->no_stream ? "not a stream in Redis" :
+		stream->newer ? "waiting at an entry of a newer format" : NULL;
+	i_zero(&troubles);
+	if (stream->shard == replay.slot)
+		replay_troubles_count(stream->origin, &troubles);
+
+	dovetail_wire_put_num(buf, 18);
 	report_field(buf, "peer", stream->origin);
 	report_field(buf, "shard", t_strdup_printf("%u", stream->shard));
 	report_field(buf, "connection", error != NULL ? error :
-		!dovetail_redis_is_ready(streams.reader) ?
-		"connecting to Redis" :
-		stream->no_stream ? "not a stream in Redis" :
-		stream->newer ? "waiting at an entry of a newer format" : "ok");
+		     stuck != NULL ? stuck : "ok");
+	report_field(buf, "redis_error", error != NULL ? error :
+		     streams.error != NULL ? streams.error : "");
+	report_field(buf, "stuck", stuck != NULL ? stuck : "");
+	report_field(buf, "sealed", t_strdup_printf("%"PRIu64,
+		stream->chain_time_usecs));
+	report_field(buf, "lacking", t_strdup_printf("%u", troubles.lacking));
+	report_field(buf, "failing", t_strdup_printf("%u", troubles.failing));
+	report_field(buf, "differing",
+		     t_strdup_printf("%u", troubles.differing));
+	report_field(buf, "diverged", t_strdup_printf("%u", troubles.diverged));
 	report_field(buf, "position", t_strdup_printf("%"PRIu64"-%"PRIu64,
 		stream->chain.generation, stream->chain.seq));
 	report_field(buf, "lag", t_strdup_printf("%"PRIu64".%03u",

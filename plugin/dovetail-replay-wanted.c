@@ -16,6 +16,7 @@
 #include "strescape.h"
 #include "dovetail-queue-client.h"
 #include "dovetail-replay.h"
+#include "dovetail-service.h"
 
 #include <fcntl.h>
 #include <unistd.h>
@@ -24,6 +25,8 @@
 /* Ask again when nothing came; doubling. */
 #define WANTED_RETRY_MIN_SECS 5
 #define WANTED_RETRY_MAX_SECS 300
+/* It is asked for in vain, three times at least. */
+#define WANTED_FAILING_SECS (WANTED_RETRY_MIN_SECS * 4)
 /* How many questions may be open at once: a replica that lacks a lot fetches it
    piece by piece, and live changes go on in between. */
 #define WANTED_OPEN_MAX 8
@@ -40,6 +43,8 @@ struct wanted {
 	uint8_t shard;
 	uint32_t number;
 
+	/* dovetail_monotonic_msecs() */
+	uint64_t since_msecs;
 	/* 0: not asked yet */
 	time_t asked;
 	unsigned int retry_secs;
@@ -144,6 +149,7 @@ static void wanted_load_line(const char *line)
 	w->shard = shard;
 	w->number = i_rand();
 	w->retry_secs = WANTED_RETRY_MIN_SECS;
+	w->since_msecs = dovetail_monotonic_msecs();
 	w->ask_again = TRUE;
 }
 
@@ -292,6 +298,7 @@ void replay_wanted_add(const char *user, const char *origin,
 	w->path = i_strdup(path);
 	guid_128_copy(w->guid, guid);
 	w->uid_next = uid_next;
+	w->since_msecs = dovetail_monotonic_msecs();
 	w->retry_secs = WANTED_RETRY_MIN_SECS;
 	T_BEGIN {
 		wanted_save();
@@ -320,6 +327,7 @@ void replay_wanted_add_shard(const char *origin, uint8_t shard,
 	w->path = i_strdup_printf("%u", shard);
 	w->shard = shard;
 	w->number = i_rand();
+	w->since_msecs = dovetail_monotonic_msecs();
 	w->retry_secs = WANTED_RETRY_MIN_SECS;
 	T_BEGIN {
 		wanted_save();
@@ -456,4 +464,37 @@ unsigned int replay_wanted_count(const char *origin)
 			count++;
 	}
 	return count;
+}
+
+void replay_wanted_troubles(const char *origin,
+			    struct dovetail_health_troubles *counts,
+			    ARRAY_TYPE(dovetail_health_trouble_of) *list)
+{
+	struct dovetail_health_trouble_of *of;
+	const struct wanted *w;
+	uint64_t now = dovetail_monotonic_msecs();
+	bool failing;
+
+	array_foreach(&wanted_list, w) {
+		if (origin != NULL && strcmp(w->origin, origin) != 0)
+			continue;
+		failing = w->retry_secs >= WANTED_FAILING_SECS;
+		if (counts != NULL) {
+			if (failing)
+				counts->failing++;
+			else
+				counts->lacking++;
+		}
+		if (list == NULL || wanted_is_shard(w))
+			continue;
+		of = array_append_space(list);
+		of->user = w->user;
+		of->mailbox = t_str_replace(w->path, '\t', '/');
+		of->primary = w->origin;
+		of->replica = replay.set.node;
+		of->trouble = failing ? DOVETAIL_HEALTH_FAILING :
+			DOVETAIL_HEALTH_LACKING;
+		of->msecs = now - w->since_msecs;
+		of->text = "";
+	}
 }

@@ -167,6 +167,7 @@ int main(int argc, char *argv[])
 		replay_compare_deinit();
 		replay_apply_deinit();
 		replay_wanted_deinit();
+		replay_troubles_deinit();
 		i_close_fd(&replay.lock_fd);
 	}
 	replay_users_deinit();

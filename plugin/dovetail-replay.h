@@ -20,10 +20,12 @@
      dovetail-replay-shard.c    answer a peer that lacks entries of our log
      dovetail-replay-job.c      verify, repair, seed: ask the peers
      dovetail-replay-round.c    ... from time to time, by itself
-     dovetail-replay-control.c  the connection to dovetail-queue */
+     dovetail-replay-control.c  the connection to dovetail-queue
+     dovetail-replay-troubles.c mailboxes that differ, for dovetail-health */
 
 #include "ioloop.h"
 #include "dovetail-change.h"
+#include "dovetail-health-report.h"
 #include "dovetail-job.h"
 #include "dovetail-settings.h"
 #include "dovetail-keyring.h"
@@ -388,6 +390,35 @@ void replay_wanted_came_so_far(const char *user, const guid_128_t guid,
 			       uint32_t uid_next);
 /* Of the peer origin. */
 unsigned int replay_wanted_count(const char *origin);
+/* What waits for an answer. origin: of this peer, NULL: of all. Added to counts, and
+   appended to list (only what is of a user), unless they are NULL. */
+void replay_wanted_troubles(const char *origin,
+			    struct dovetail_health_troubles *counts,
+			    ARRAY_TYPE(dovetail_health_trouble_of) *list);
+
+/* ---- dovetail-replay-troubles.c ---- */
+
+/* The mailbox differs from the origin's: _DIFFERING when it is about to be repaired,
+   _DIVERGED_MAILBOX when that is not done or has failed. text: what is known of it,
+   or "". */
+void replay_trouble_set(const char *user, const char *origin,
+			const guid_128_t guid, const char *path,
+			enum dovetail_health_trouble trouble,
+			const char *text);
+/* It could not be repaired, if it was known to differ. */
+void replay_trouble_failed(const char *user, const guid_128_t guid,
+			   const char *error);
+/* It is equal, or has gone. */
+void replay_trouble_clear(const char *user, const guid_128_t guid);
+/* Of the peer origin, with what waits for an answer. */
+void replay_troubles_count(const char *origin,
+			   struct dovetail_health_troubles *counts_r);
+/* Append all as DOVETAIL_FRAME_TROUBLES has them. FALSE: there are none, as
+   before. buf is not of the data stack. */
+bool replay_troubles_put(buffer_t *buf);
+/* To a dovetail-queue that knows nothing yet. */
+void replay_troubles_connected(void);
+void replay_troubles_deinit(void);
 
 /* ---- dovetail-replay-stream.c ---- */
 

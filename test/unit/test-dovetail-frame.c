@@ -117,7 +117,7 @@ static void test_dovetail_frame_types(void)
 	test_begin("dovetail frame: types");
 	for (i = 0; i < 256; i++) {
 		data[4] = i;
-		known = (i >= 1 && i <= 14) || (i >= 65 && i <= 72);
+		known = (i >= 1 && i <= 17) || (i >= 65 && i <= 72);
 		test_assert_idx(parse(data, 5, &frame, &error) ==
 				(known ? 1 : -1), i);
 		if (known)
