@@ -64,6 +64,64 @@ dovetail_compat_version_is_ours(struct master_service *service,
 }
 #endif
 
+#ifdef MASTER_SERVICE_H
+/* ---- listeners: master-service.h ---- */
+
+/* The protocol that somebody who connects to this listener speaks: the word behind the
+   last "-" of its name (2.4: or its type). Data stack or borrowed. */
+static inline const char *
+dovetail_compat_listener_type(const struct master_service_connection *conn)
+{
+#if DOVETAIL_DOVECOT_24
+	return master_service_connection_get_type(conn);
+#else
+	const char *name = strrchr(conn->name, '/'), *word;
+
+	name = name == NULL ? conn->name : name + 1;
+	word = strrchr(name, '-');
+	return word == NULL ? name : word + 1;
+#endif
+}
+#endif
+
+#ifdef HTTP_SERVER_H
+/* ---- HTTP: http-server.h ---- */
+
+struct dovetail_compat_http_settings {
+	unsigned int idle_msecs;
+	uoff_t target_max_len, headers_max_size, payload_max_size;
+};
+
+static inline struct http_server *
+dovetail_compat_http_server_init(const struct dovetail_compat_http_settings *set,
+				 struct event *event)
+{
+	struct http_server_settings http_set;
+
+#if DOVETAIL_DOVECOT_24
+	http_server_settings_init(null_pool, &http_set);
+	http_set.request_max_target_length = set->target_max_len;
+	http_set.request_max_payload_size = set->payload_max_size;
+	http_set.request_hdr_max_size = set->headers_max_size;
+	http_set.request_hdr_max_field_size = set->headers_max_size;
+#else
+	i_zero(&http_set);
+	http_set.event = event;
+	http_set.request_limits.max_target_length = set->target_max_len;
+	http_set.request_limits.max_payload_size = set->payload_max_size;
+	http_set.request_limits.header.max_size = set->headers_max_size;
+	http_set.request_limits.header.max_field_size = set->headers_max_size;
+#endif
+	http_set.max_client_idle_time_msecs = set->idle_msecs;
+	http_set.max_pipelined_requests = 1;
+#if DOVETAIL_DOVECOT_24
+	return http_server_init(&http_set, event);
+#else
+	return http_server_init(&http_set);
+#endif
+}
+#endif
+
 #ifdef MAIL_INDEX_H
 /* ---- an index: mail-index.h ---- */
 

@@ -19,6 +19,17 @@
 #define DOVETAIL_DEFAULT_VERIFY_INTERVAL "1d"
 #define DOVETAIL_DEFAULT_VERIFY_RATE "10"
 #define DOVETAIL_VERIFY_RATE_MAX 10000
+#define DOVETAIL_DEFAULT_HEALTH_LAG "5s"
+#define DOVETAIL_DEFAULT_HEALTH_STALL "60s"
+#define DOVETAIL_DEFAULT_HEALTH_MAX_AGE "10s"
+#define DOVETAIL_DEFAULT_HEALTH_CALM "5s"
+#define DOVETAIL_DEFAULT_HEALTH_QUEUE_PERCENT "80"
+#define DOVETAIL_DEFAULT_HEALTH_DRAIN "fenced"
+#define DOVETAIL_HEALTH_TIME_MIN_MSECS 100
+/* News comes every second. */
+#define DOVETAIL_HEALTH_MAX_AGE_MIN_MSECS 2000
+/* A peer says something every 5 seconds. */
+#define DOVETAIL_HEALTH_SILENCE_MSECS (15 * 1000)
 
 struct dovetail_settings_parser {
 	pool_t pool;
@@ -361,6 +372,138 @@ dovetail_settings_parse_queue_socket(struct dovetail_settings_parser *parser,
 	return 0;
 }
 
+static int
+dovetail_settings_parse_health_time(const char *value, unsigned int min_msecs,
+				    unsigned int *msecs_r, const char **error_r)
+{
+	if (settings_get_time_msecs(value, msecs_r, error_r) < 0)
+		return -1;
+	if (*msecs_r < min_msecs) {
+		*error_r = t_strdup_printf("'%s' is less than %ums",
+					   str_sanitize(value, 128), min_msecs);
+		return -1;
+	}
+	return 0;
+}
+
+static int
+dovetail_settings_parse_health_lag(struct dovetail_settings_parser *parser,
+				   const char *value, const char **error_r)
+{
+	return dovetail_settings_parse_health_time(value,
+		DOVETAIL_HEALTH_TIME_MIN_MSECS,
+		&parser->set->health.lag_msecs, error_r);
+}
+
+static int
+dovetail_settings_parse_health_stall(struct dovetail_settings_parser *parser,
+				     const char *value, const char **error_r)
+{
+	struct dovetail_health_settings *health = &parser->set->health;
+
+	if (dovetail_settings_parse_health_time(value,
+			DOVETAIL_HEALTH_TIME_MIN_MSECS, &health->stall_msecs,
+			error_r) < 0)
+		return -1;
+	if (health->stall_msecs < health->lag_msecs) {
+		*error_r = t_strdup_printf(
+			"'%s' is less than dovetail_health_lag",
+			str_sanitize(value, 128));
+		return -1;
+	}
+	health->silence_msecs = DOVETAIL_HEALTH_SILENCE_MSECS;
+	return 0;
+}
+
+static int
+dovetail_settings_parse_health_max_age(struct dovetail_settings_parser *parser,
+				       const char *value, const char **error_r)
+{
+	return dovetail_settings_parse_health_time(value,
+		DOVETAIL_HEALTH_MAX_AGE_MIN_MSECS,
+		&parser->set->health.max_age_msecs, error_r);
+}
+
+static int
+dovetail_settings_parse_health_calm(struct dovetail_settings_parser *parser,
+				    const char *value, const char **error_r)
+{
+	return dovetail_settings_parse_health_time(value, 0,
+		&parser->set->health.calm_msecs, error_r);
+}
+
+static int
+dovetail_settings_parse_health_percent(struct dovetail_settings_parser *parser,
+				       const char *value, const char **error_r)
+{
+	unsigned int percent;
+
+	if (str_to_uint(value, &percent) < 0 || percent == 0 || percent > 100) {
+		*error_r = t_strdup_printf(
+			"'%s' is not a number within 1 and 100",
+			str_sanitize(value, 128));
+		return -1;
+	}
+	parser->set->health.queue_percent = percent;
+	return 0;
+}
+
+static int
+dovetail_settings_parse_states(const char *value, unsigned int *states_r,
+			       const char **error_r)
+{
+	enum dovetail_health_state state;
+	const char *const *names;
+
+	*states_r = 0;
+	if (value == NULL || strcmp(value, "none") == 0)
+		return 0;
+	for (names = t_strsplit_spaces(value, " \t"); *names != NULL; names++) {
+		if (dovetail_health_state_parse(*names, &state) < 0 ||
+		    state == DOVETAIL_HEALTH_OK) {
+			*error_r = t_strdup_printf(
+				"'%s' is none of catching-up, lagging, unknown, "
+				"diverged, stalled, unprotected, fenced, none",
+				str_sanitize(*names, 128));
+			return -1;
+		}
+		*states_r |= 1U << state;
+	}
+	return 0;
+}
+
+static int
+dovetail_settings_parse_health_warn(struct dovetail_settings_parser *parser,
+				    const char *value, const char **error_r)
+{
+	return dovetail_settings_parse_states(value,
+		&parser->set->health_warn, error_r);
+}
+
+static int
+dovetail_settings_parse_health_defer(struct dovetail_settings_parser *parser,
+				     const char *value, const char **error_r)
+{
+	return dovetail_settings_parse_states(value,
+		&parser->set->health_defer, error_r);
+}
+
+static int
+dovetail_settings_parse_health_drain(struct dovetail_settings_parser *parser,
+				     const char *value, const char **error_r)
+{
+	return dovetail_settings_parse_states(value,
+		&parser->set->health_drain, error_r);
+}
+
+static int
+dovetail_settings_parse_health_down(struct dovetail_settings_parser *parser,
+				    const char *value, const char **error_r)
+{
+	return dovetail_settings_parse_states(value,
+		&parser->set->health_down, error_r);
+}
+
 /* In the order in which they are parsed: some need those before them. */
 static const struct dovetail_setting dovetail_setting_list[] = {
 	{ "dovetail_node", NULL, dovetail_settings_parse_node },
@@ -394,6 +537,23 @@ static const struct dovetail_setting dovetail_setting_list[] = {
 	  dovetail_settings_parse_verify_rate },
 	{ "dovetail_queue_socket", DOVETAIL_DEFAULT_QUEUE_SOCKET,
 	  dovetail_settings_parse_queue_socket },
+	{ "dovetail_health_lag", DOVETAIL_DEFAULT_HEALTH_LAG,
+	  dovetail_settings_parse_health_lag },
+	{ "dovetail_health_stall", DOVETAIL_DEFAULT_HEALTH_STALL,
+	  dovetail_settings_parse_health_stall },
+	{ "dovetail_health_max_age", DOVETAIL_DEFAULT_HEALTH_MAX_AGE,
+	  dovetail_settings_parse_health_max_age },
+	{ "dovetail_health_calm", DOVETAIL_DEFAULT_HEALTH_CALM,
+	  dovetail_settings_parse_health_calm },
+	{ "dovetail_health_queue_percent",
+	  DOVETAIL_DEFAULT_HEALTH_QUEUE_PERCENT,
+	  dovetail_settings_parse_health_percent },
+	{ "dovetail_health_warn", NULL, dovetail_settings_parse_health_warn },
+	{ "dovetail_health_defer", NULL,
+	  dovetail_settings_parse_health_defer },
+	{ "dovetail_health_drain", DOVETAIL_DEFAULT_HEALTH_DRAIN,
+	  dovetail_settings_parse_health_drain },
+	{ "dovetail_health_down", NULL, dovetail_settings_parse_health_down },
 };
 
 bool dovetail_setting_name_is_known(const char *name)
@@ -487,6 +647,15 @@ static const struct setting_define dovetail_setting_defines[] = {
 	DEF(TIME, dovetail_verify_interval),
 	DEF(UINT, dovetail_verify_rate),
 	DEF(STR_NOVARS, dovetail_queue_socket),
+	DEF(TIME_MSECS, dovetail_health_lag),
+	DEF(TIME_MSECS, dovetail_health_stall),
+	DEF(TIME_MSECS, dovetail_health_max_age),
+	DEF(TIME_MSECS, dovetail_health_calm),
+	DEF(UINT, dovetail_health_queue_percent),
+	DEF(STR_NOVARS, dovetail_health_warn),
+	DEF(STR_NOVARS, dovetail_health_defer),
+	DEF(STR_NOVARS, dovetail_health_drain),
+	DEF(STR_NOVARS, dovetail_health_down),
 
 	DEF(STR, default_internal_user),
 
@@ -512,6 +681,15 @@ static const struct dovetail_setting_values dovetail_setting_defaults = {
 	.dovetail_verify_interval = 24 * 3600,
 	.dovetail_verify_rate = 10,
 	.dovetail_queue_socket = DOVETAIL_DEFAULT_QUEUE_SOCKET,
+	.dovetail_health_lag = 5 * 1000,
+	.dovetail_health_stall = 60 * 1000,
+	.dovetail_health_max_age = 10 * 1000,
+	.dovetail_health_calm = 5 * 1000,
+	.dovetail_health_queue_percent = 80,
+	.dovetail_health_warn = "",
+	.dovetail_health_defer = "",
+	.dovetail_health_drain = DOVETAIL_DEFAULT_HEALTH_DRAIN,
+	.dovetail_health_down = "",
 
 	.default_internal_user = "dovecot",
 };

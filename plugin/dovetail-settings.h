@@ -7,6 +7,7 @@
    decided here, once, for the plugin, the services, doveadm and the check at
    Dovecot's start. */
 
+#include "dovetail-health.h"
 #include "dovetail-redis.h"
 
 /* keygen needs it before the other settings are complete */
@@ -64,6 +65,16 @@ struct dovetail_settings {
 	unsigned int verify_rate;
 	/* dovetail_queue_socket, default "dovetail-queue" in base_dir */
 	const char *queue_socket;
+
+	/* dovetail_health_lag (5 s), _stall (60 s), _max_age (10 s), _calm
+	   (5 s), _queue_percent (80) */
+	struct dovetail_health_settings health;
+	/* dovetail_health_warn, _defer: states (bits) in which an MTA is told
+	   to warn of a mail, or to defer it; default: none */
+	unsigned int health_warn, health_defer;
+	/* dovetail_health_drain ("fenced"), _down (none): states (bits) in which
+	   load balancers are to send nobody new, or nobody at all */
+	unsigned int health_drain, health_down;
 };
 
 /* Returns the value of a setting, or NULL when it is not set. */
@@ -110,6 +121,15 @@ struct dovetail_setting_values {
 	unsigned int dovetail_verify_interval;
 	unsigned int dovetail_verify_rate;
 	const char *dovetail_queue_socket;
+	unsigned int dovetail_health_lag;
+	unsigned int dovetail_health_stall;
+	unsigned int dovetail_health_max_age;
+	unsigned int dovetail_health_calm;
+	unsigned int dovetail_health_queue_percent;
+	const char *dovetail_health_warn;
+	const char *dovetail_health_defer;
+	const char *dovetail_health_drain;
+	const char *dovetail_health_down;
 
 	/* Dovecot's own; the queue service needs it */
 	const char *default_internal_user;

@@ -304,4 +304,28 @@ service dovetail-replay {{
     user = {internal_user}
   }}
 }}
+service dovetail-health {{
+  executable = {libexec}/dovetail-health
+  process_min_avail = 1
+  process_limit = 1
+  client_limit = 1000
+  user = {internal_user}
+  {forever}
+  unix_listener dovetail-health {{
+    mode = 0600
+    user = {internal_user}
+  }}
+  unix_listener dovetail-policy {{
+    mode = 0666
+  }}
+  unix_listener dovetail-exim {{
+    mode = 0666
+  }}
+  unix_listener dovetail-agent {{
+    mode = 0666
+  }}
+  unix_listener dovetail-http {{
+    mode = 0666
+  }}
+}}
 """

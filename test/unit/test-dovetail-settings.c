@@ -59,6 +59,15 @@ static void test_dovetail_settings_defaults(void)
 	test_assert(set.verify_interval_secs == 24*60*60);
 	test_assert(set.verify_rate == 10);
 	test_assert_strcmp(set.queue_socket, "/run/dovecot/dovetail-queue");
+	test_assert(set.health.lag_msecs == 5000);
+	test_assert(set.health.stall_msecs == 60000);
+	test_assert(set.health.max_age_msecs == 10000);
+	test_assert(set.health.calm_msecs == 5000);
+	test_assert(set.health.silence_msecs == 15000);
+	test_assert(set.health.queue_percent == 80);
+	test_assert(set.health_warn == 0 && set.health_defer == 0);
+	test_assert(set.health_drain == 1U << DOVETAIL_HEALTH_FENCED);
+	test_assert(set.health_down == 0);
 	test_end();
 }
 
@@ -79,6 +88,15 @@ static void test_dovetail_settings_all(void)
 		"dovetail_verify_interval", "1 week",
 		"dovetail_verify_rate", "10000",
 		"dovetail_queue_socket", "/q",
+		"dovetail_health_lag", "500ms",
+		"dovetail_health_stall", "2 min",
+		"dovetail_health_max_age", "3s",
+		"dovetail_health_calm", "0",
+		"dovetail_health_queue_percent", "100",
+		"dovetail_health_warn", "lagging  unknown",
+		"dovetail_health_defer", "unprotected diverged",
+		"dovetail_health_drain", "none",
+		"dovetail_health_down", "fenced",
 		"acl", "vfile",
 		NULL
 	};
@@ -104,6 +122,17 @@ static void test_dovetail_settings_all(void)
 	test_assert(set.verify_interval_secs == 7*24*60*60);
 	test_assert(set.verify_rate == 10000);
 	test_assert_strcmp(set.queue_socket, "/q");
+	test_assert(set.health.lag_msecs == 500);
+	test_assert(set.health.stall_msecs == 120000);
+	test_assert(set.health.max_age_msecs == 3000);
+	test_assert(set.health.calm_msecs == 0);
+	test_assert(set.health.queue_percent == 100);
+	test_assert(set.health_warn == ((1U << DOVETAIL_HEALTH_LAGGING) |
+					(1U << DOVETAIL_HEALTH_UNKNOWN)));
+	test_assert(set.health_defer == ((1U << DOVETAIL_HEALTH_UNPROTECTED) |
+					 (1U << DOVETAIL_HEALTH_DIVERGED)));
+	test_assert(set.health_drain == 0);
+	test_assert(set.health_down == 1U << DOVETAIL_HEALTH_FENCED);
 
 	for (i = 0; pairs[i] != NULL; i += 2) {
 		test_assert_idx(dovetail_setting_name_is_known(pairs[i]) ==
@@ -185,6 +214,13 @@ static void test_dovetail_settings_invalid(void)
 		{ "dovetail_verify_interval", "daily", "Invalid time interval: daily" },
 		{ "dovetail_verify_rate", "0", "'0' is not a number of users per second within 1 and 10000" },
 		{ "dovetail_verify_rate", "10001", "'10001' is not a number of users per second within 1 and 10000" },
+		{ "dovetail_health_lag", "99ms", "'99ms' is less than 100ms" },
+		{ "dovetail_health_stall", "4s", "'4s' is less than dovetail_health_lag" },
+		{ "dovetail_health_max_age", "1999ms", "'1999ms' is less than 2000ms" },
+		{ "dovetail_health_queue_percent", "0", "'0' is not a number within 1 and 100" },
+		{ "dovetail_health_queue_percent", "101", "'101' is not a number within 1 and 100" },
+		{ "dovetail_health_warn", "ok", "'ok' is none of catching-up, lagging, unknown, diverged, stalled, unprotected, fenced, none" },
+		{ "dovetail_health_defer", "lagging,stalled", "'lagging,stalled' is none of catching-up, lagging, unknown, diverged, stalled, unprotected, fenced, none" },
 	};
 	struct dovetail_settings set;
 	const char *error;
@@ -327,6 +363,12 @@ static void test_dovetail_settings_dovecot(void)
 	test_assert(set.verify_interval_secs == set2.verify_interval_secs);
 	test_assert(set.verify_rate == set2.verify_rate);
 	test_assert_strcmp(set.queue_socket, set2.queue_socket);
+	test_assert(memcmp(&set.health, &set2.health,
+			   sizeof(set.health)) == 0);
+	test_assert(set.health_warn == set2.health_warn);
+	test_assert(set.health_defer == set2.health_defer);
+	test_assert(set.health_drain == set2.health_drain);
+	test_assert(set.health_down == set2.health_down);
 
 	test_assert(settings_parse_keyvalue(parser, "dovetail_ack_timeout",
 					    "1500ms") > 0);
