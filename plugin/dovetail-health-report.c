@@ -59,7 +59,8 @@ static void put_text(buffer_t *buf, const char *text)
 /* ---- troubles ---- */
 
 void dovetail_health_troubles_put(buffer_t *buf,
-	const ARRAY_TYPE(dovetail_health_trouble_of) *troubles, uint64_t more)
+	const ARRAY_TYPE(dovetail_health_trouble_of) *troubles, uint64_t more,
+	size_t max_size)
 {
 	const struct dovetail_health_trouble_of *trouble;
 	buffer_t *list = t_buffer_create(1024);
@@ -67,7 +68,7 @@ void dovetail_health_troubles_put(buffer_t *buf,
 
 	array_foreach(troubles, trouble) {
 		if (count >= DOVETAIL_HEALTH_TROUBLES_MAX ||
-		    list->used > DOVETAIL_HEALTH_TROUBLES_MAX_BYTES) {
+		    list->used > max_size) {
 			more++;
 			continue;
 		}
@@ -117,6 +118,27 @@ bool dovetail_health_troubles_get(struct dovetail_wire_reader *r, pool_t pool,
 {
 	troubles_get(r, pool, troubles_r, more_r);
 	return dovetail_wire_reader_done(r);
+}
+
+void dovetail_health_ack_put(buffer_t *buf,
+	const struct dovetail_health_troubles *counts,
+	const ARRAY_TYPE(dovetail_health_trouble_of) *troubles)
+{
+	put_counts(buf, counts);
+	dovetail_health_troubles_put(buf, troubles, 0,
+				     DOVETAIL_HEALTH_ACK_MAX_BYTES);
+}
+
+bool dovetail_health_ack_get(const void *data, size_t size, pool_t pool,
+			     struct dovetail_health_troubles *counts_r,
+			     ARRAY_TYPE(dovetail_health_trouble_of) *troubles_r)
+{
+	struct dovetail_wire_reader r;
+	uint64_t more;
+
+	dovetail_wire_reader_init(&r, data, size);
+	get_counts(&r, counts_r);
+	return dovetail_health_troubles_get(&r, pool, troubles_r, &more);
 }
 
 /* ---- all ---- */
@@ -199,7 +221,8 @@ void dovetail_health_report_put(buffer_t *buf,
 	array_foreach(&report->peers, peer)
 		peer_put(buf, peer);
 	dovetail_health_troubles_put(buf, &report->troubles,
-				     report->troubles_more);
+				     report->troubles_more,
+				     DOVETAIL_HEALTH_TROUBLES_MAX_BYTES);
 }
 
 bool dovetail_health_report_get(struct dovetail_wire_reader *r, pool_t pool,

@@ -85,11 +85,23 @@ void dovetail_health_report_put(buffer_t *buf,
 bool dovetail_health_report_get(struct dovetail_wire_reader *r, pool_t pool,
 				struct dovetail_health_report *report_r);
 
-/* The same for the troubles alone. _put leaves out and counts what is too much. */
+/* The same for the troubles alone. _put leaves out and counts what is too much:
+   above _MAX, and above max_size bytes. */
 void dovetail_health_troubles_put(buffer_t *buf,
-	const ARRAY_TYPE(dovetail_health_trouble_of) *troubles, uint64_t more);
+	const ARRAY_TYPE(dovetail_health_trouble_of) *troubles, uint64_t more,
+	size_t max_size);
 bool dovetail_health_troubles_get(struct dovetail_wire_reader *r, pool_t pool,
 				  ARRAY_TYPE(dovetail_health_trouble_of) *troubles_r,
 				  uint64_t *more_r);
+
+/* What a replica's report (struct dovetail_ack) says of a primary's users: counts,
+   then troubles. Every few seconds, so few of them. */
+#define DOVETAIL_HEALTH_ACK_MAX_BYTES (8 * 1024)
+void dovetail_health_ack_put(buffer_t *buf,
+	const struct dovetail_health_troubles *counts,
+	const ARRAY_TYPE(dovetail_health_trouble_of) *troubles);
+bool dovetail_health_ack_get(const void *data, size_t size, pool_t pool,
+			     struct dovetail_health_troubles *counts_r,
+			     ARRAY_TYPE(dovetail_health_trouble_of) *troubles_r);
 
 #endif

@@ -1,6 +1,7 @@
 /* Copyright (c) 2026 dovetail authors, LGPL-2.1-or-later, see COPYING */
 
 #include "lib.h"
+#include "array.h"
 #include "buffer.h"
 #include "ioloop.h"
 #include "priorityq.h"
@@ -96,6 +97,29 @@ enum {
 	ACK_BAD_STREAM,
 };
 
+/* Not what we believe but what we tell: so what makes no sense is left out. */
+static void acks_take_troubles(const struct dovetail_queue_peer *peer,
+			       struct dovetail_queue_peer_shard *ps,
+			       const struct dovetail_ack *ack)
+{
+	struct dovetail_health_trouble_of *of;
+
+	if (ack->troubles_size == 0)
+		return;
+	pool_unref(&ps->troubles_pool);
+	ps->troubles_pool = pool_alloconly_create("dovetail ack troubles",
+						  1024);
+	ps->troubles_msecs = dovetail_monotonic_msecs();
+	if (!dovetail_health_ack_get(ack->troubles, ack->troubles_size,
+				     ps->troubles_pool, &ps->troubles_count,
+				     &ps->troubles)) {
+		pool_unref(&ps->troubles_pool);
+		return;
+	}
+	array_foreach_modifiable(&ps->troubles, of)
+		of->replica = peer->node;
+}
+
 static void
 acks_handle_ack(struct dovetail_queue *queue, struct dovetail_queue_peer *peer,
 		const struct dovetail_entry_head *head,
@@ -137,6 +161,7 @@ acks_handle_ack(struct dovetail_queue *queue, struct dovetail_queue_peer *peer,
 	i_free(ps->error);
 	if (ack->last_error[0] != '\0')
 		ps->error = i_strdup(str_sanitize(ack->last_error, 200));
+	acks_take_troubles(peer, ps, ack);
 	if (dovetail_queue_id_cmp(&applied, &ps->applied) < 0) {
 		/* A replica that lost its state. It will catch up. */
 		return;

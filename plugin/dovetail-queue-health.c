@@ -46,8 +46,33 @@ static bool health_is_known(struct dovetail_queue *queue)
 	return TRUE;
 }
 
+/* What the peer has told of users whose primary we are. */
+static void
+health_to_troubles(const struct dovetail_queue_peer_shard *ps,
+		   struct dovetail_health_report *report,
+		   struct dovetail_health_troubles *counts)
+{
+	const struct dovetail_health_trouble_of *of;
+	struct dovetail_health_trouble_of *copy;
+	uint64_t age = dovetail_monotonic_msecs() - ps->troubles_msecs;
+
+	if (ps->troubles_pool == NULL ||
+	    age >= DOVETAIL_QUEUE_TROUBLES_SECS * 1000)
+		return;
+	counts->lacking += ps->troubles_count.lacking;
+	counts->failing += ps->troubles_count.failing;
+	counts->differing += ps->troubles_count.differing;
+	counts->diverged += ps->troubles_count.diverged;
+	array_foreach(&ps->troubles, of) {
+		copy = array_append_space(&report->troubles);
+		*copy = *of;
+		copy->msecs += age;
+	}
+}
+
 static void
 health_to(struct dovetail_queue *queue, const struct dovetail_queue_peer *peer,
+	  struct dovetail_health_report *report,
 	  struct dovetail_health_report_peer *rpeer)
 {
 	struct dovetail_queue_backlog_sum sum;
@@ -74,7 +99,7 @@ health_to(struct dovetail_queue *queue, const struct dovetail_queue_peer *peer,
 		}
 		rpeer->to.position += ps->applied.generation + ps->applied.seq;
 		rpeer->to.rejected += ps->rejected;
-		rpeer->to.troubles.lacking += ps->set_aside;
+		health_to_troubles(ps, report, &rpeer->to.troubles);
 		if (ps->error != NULL)
 			rpeer->to.error = ps->error;
 	}
@@ -205,7 +230,7 @@ static void health_report(struct dovetail_queue *queue,
 	for (i = 0; i < queue->peers_count; i++) {
 		rpeer = array_append_space(&report_r->peers);
 		rpeer->peer = queue->peers[i].node;
-		health_to(queue, &queue->peers[i], rpeer);
+		health_to(queue, &queue->peers[i], report_r, rpeer);
 		rpeer->from.shards_missing = queue->logs_count;
 		rpeer->from.redis_error = rpeer->from.stuck = "";
 		rpeer->from.error = "";

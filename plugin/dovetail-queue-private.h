@@ -48,6 +48,8 @@
 #define DOVETAIL_QUEUE_HEARTBEAT_ALONE_SECS 60
 /* replicas report several times in this time, if they live */
 #define DOVETAIL_QUEUE_PEER_ALIVE_SECS 15
+/* ... and name their users in trouble, if they are still so many processes */
+#define DOVETAIL_QUEUE_TROUBLES_SECS 60
 
 struct dovetail_queue;
 struct dovetail_queue_log;
@@ -223,6 +225,12 @@ struct dovetail_queue_peer_shard {
 	uint64_t entries, rejected;
 	unsigned int set_aside;
 	char *error;
+	/* Users in trouble, and when that was said
+	   (dovetail_monotonic_msecs()). NULL: it was not. */
+	pool_t troubles_pool;
+	struct dovetail_health_troubles troubles_count;
+	ARRAY_TYPE(dovetail_health_trouble_of) troubles;
+	uint64_t troubles_msecs;
 };
 
 struct dovetail_queue_peer {

@@ -340,8 +340,10 @@ static void queue_deinit(struct dovetail_queue **_queue)
 	dovetail_redis_tls_deinit(&q->tls);
 
 	for (i = 0; i < q->peers_count; i++) {
-		for (j = 0; j < q->logs_count; j++)
+		for (j = 0; j < q->logs_count; j++) {
 			i_free(q->peers[i].shards[j].error);
+			pool_unref(&q->peers[i].shards[j].troubles_pool);
+		}
 		i_free(q->peers[i].shards);
 	}
 	i_free(q->peers);

@@ -48,6 +48,8 @@
 #define STREAM_ACK_DELAY_MSECS 50
 /* An idle replica says that it lives. */
 #define STREAM_ACK_IDLE_MSECS 5000
+/* Users in trouble are named in one of many acks. */
+#define STREAM_ACK_TROUBLES_MSECS 1000
 #define STREAM_CMD_TIMEOUT_MSECS 10000
 #define STREAM_RETRY_MSECS 1000
 /* An idle reader has another look at the streams' places. */
@@ -95,6 +97,8 @@ struct replay_stream {
 	time_t last_applied;
 	/* how far the log goes in Redis, as of the last report */
 	uint64_t end_generation, end_seq;
+	/* dovetail_monotonic_usecs() when an ack had users in trouble */
+	uint64_t troubles_usecs;
 	/* something was applied that no ack has said yet */
 	bool ack_needed;
 	/* ... and somebody at the origin waits for it */
@@ -205,6 +209,18 @@ static void stream_ack_sent(struct redisReply *reply, void *context)
 	}
 }
 
+/* The worker's, told by its first shard, as set_aside is. */
+static void stream_ack_troubles(struct replay_stream *stream, buffer_t *buf)
+{
+	uint64_t now = dovetail_monotonic_usecs();
+
+	if (stream->shard != replay.slot ||
+	    now - stream->troubles_usecs < STREAM_ACK_TROUBLES_MSECS * 1000)
+		return;
+	stream->troubles_usecs = now;
+	replay_troubles_ack(buf, stream->origin);
+}
+
 static void stream_ack(struct replay_stream *stream)
 {
 	const struct dovetail_public_key *recipients[DOVETAIL_RECIPIENTS_MAX];
@@ -240,12 +256,16 @@ static void stream_ack(struct replay_stream *stream)
 
 	T_BEGIN {
 		buffer_t *payload = t_buffer_create(256);
+		buffer_t *troubles = t_buffer_create(64);
 		const char *argv[] = { "XADD", t_strconcat(
 			replay.set.redis.prefix, "ack:", stream->origin, NULL),
 			"MAXLEN", "~", "1000", "*", "e", NULL };
 		size_t lens[N_ELEMENTS(argv)];
 		unsigned int i;
 
+		stream_ack_troubles(stream, troubles);
+		ack.troubles = troubles->data;
+		ack.troubles_size = troubles->used;
 		dovetail_ack_encode(payload, &ack);
 		buffer_set_used_size(streams.entry, 0);
 		recipients_count = stream_peer_keys(stream->origin,

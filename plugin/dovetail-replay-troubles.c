@@ -124,17 +124,20 @@ void replay_troubles_count(const char *origin,
 	}
 }
 
-bool replay_troubles_put(buffer_t *buf)
+/* origin: of this peer, NULL: of all. */
+static void troubles_list(const char *origin,
+			  ARRAY_TYPE(dovetail_health_trouble_of) *list_r)
 {
-	ARRAY_TYPE(dovetail_health_trouble_of) list;
 	struct dovetail_health_trouble_of *of;
 	const struct trouble *t;
 	uint64_t now = dovetail_monotonic_msecs();
 
-	t_array_init(&list, 16);
+	t_array_init(list_r, 16);
 	if (array_is_created(&troubles)) {
 		array_foreach(&troubles, t) {
-			of = array_append_space(&list);
+			if (origin != NULL && strcmp(t->origin, origin) != 0)
+				continue;
+			of = array_append_space(list_r);
 			of->user = t->user;
 			of->mailbox = t->mailbox;
 			of->primary = t->origin;
@@ -144,12 +147,30 @@ bool replay_troubles_put(buffer_t *buf)
 			of->text = t->text;
 		}
 	}
-	replay_wanted_troubles(NULL, NULL, &list);
+	replay_wanted_troubles(origin, NULL, list_r);
+}
+
+bool replay_troubles_put(buffer_t *buf)
+{
+	ARRAY_TYPE(dovetail_health_trouble_of) list;
+
+	troubles_list(NULL, &list);
 	if (array_count(&list) == 0 && sent_none)
 		return FALSE;
 	sent_none = array_count(&list) == 0;
-	dovetail_health_troubles_put(buf, &list, 0);
+	dovetail_health_troubles_put(buf, &list, 0,
+				     DOVETAIL_HEALTH_TROUBLES_MAX_BYTES);
 	return TRUE;
+}
+
+void replay_troubles_ack(buffer_t *buf, const char *origin)
+{
+	struct dovetail_health_troubles counts;
+	ARRAY_TYPE(dovetail_health_trouble_of) list;
+
+	replay_troubles_count(origin, &counts);
+	troubles_list(origin, &list);
+	dovetail_health_ack_put(buf, &counts, &list);
 }
 
 void replay_troubles_connected(void)

@@ -416,6 +416,8 @@ void replay_troubles_count(const char *origin,
 /* Append all as DOVETAIL_FRAME_TROUBLES has them. FALSE: there are none, as
    before. buf is not of the data stack. */
 bool replay_troubles_put(buffer_t *buf);
+/* Append those of origin's users, as dovetail_health_ack_put() does. */
+void replay_troubles_ack(buffer_t *buf, const char *origin);
 /* To a dovetail-queue that knows nothing yet. */
 void replay_troubles_connected(void);
 void replay_troubles_deinit(void);

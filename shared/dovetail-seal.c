@@ -517,6 +517,10 @@ void dovetail_ack_encode(buffer_t *buf, const struct dovetail_ack *ack)
 		dovetail_wire_put_num(buf, ack->failed[i].ordinal);
 	}
 	dovetail_wire_put_str(buf, ack->last_error);
+	if (ack->troubles_size > 0) {
+		dovetail_wire_put_bytes(buf, ack->troubles,
+					ack->troubles_size);
+	}
 }
 
 int dovetail_ack_decode(pool_t pool, const void *data, size_t size,
@@ -548,6 +552,10 @@ int dovetail_ack_decode(pool_t pool, const void *data, size_t size,
 		failed[i].ordinal = dovetail_wire_get_num32(&r);
 	}
 	ack_r->last_error = dovetail_wire_get_str(&r, pool);
+	if (!r.failed && r.pos < r.end && *r.pos != 0) {
+		ack_r->troubles = dovetail_wire_get_bytes(&r,
+						&ack_r->troubles_size);
+	}
 	if (!dovetail_wire_reader_done(&r)) {
 		*error_r = r.failed ? "ack: is cut off or malformed" :
 			"ack: is followed by more bytes";

@@ -175,7 +175,7 @@ int dovetail_open_own(const struct dovetail_keyring *keyring,
    primitives of dovetail-wire.h in this order:
      num generation  num seq  num applied_time_usecs  num entries
      num rejected  num set_aside  num failed count, each: num generation
-     num seq  num ordinal;  str last_error */
+     num seq  num ordinal;  str last_error;  perhaps: bytes troubles (not 0) */
 struct dovetail_ack_failed {
 	uint64_t generation, seq;
 	/* of the change in its entry, 0.. */
@@ -197,6 +197,11 @@ struct dovetail_ack {
 	const struct dovetail_ack_failed *failed;
 	/* "" when there was none */
 	const char *last_error;
+	/* Users in trouble, as dovetail-health-report.h has them: they replace those
+	   that this shard's ack had before. Size 0: nothing is said of them.
+	   _decode: points into data. */
+	const void *troubles;
+	size_t troubles_size;
 };
 void dovetail_ack_encode(buffer_t *buf, const struct dovetail_ack *ack);
 int dovetail_ack_decode(pool_t pool, const void *data, size_t size,

@@ -198,11 +198,42 @@ static void test_limits(void)
 	test_end();
 }
 
+static void test_ack(void)
+{
+	const struct dovetail_health_troubles in = { 1, 2, 3, 4 };
+	struct dovetail_health_troubles out;
+	struct dovetail_health_report report;
+	ARRAY_TYPE(dovetail_health_trouble_of) got;
+	pool_t pool = pool_datastack_create();
+	buffer_t *buf = t_buffer_create(1024);
+	unsigned int i;
+
+	test_begin("health report: in an ack");
+	report_init(&report);
+	dovetail_health_ack_put(buf, &in, &report.troubles);
+	test_assert(dovetail_health_ack_get(buf->data, buf->used, pool, &out,
+					    &got));
+	test_assert(memcmp(&in, &out, sizeof(in)) == 0 &&
+		    array_count(&got) == 0);
+	test_assert(!dovetail_health_ack_get(buf->data, buf->used - 1, pool,
+					     &out, &got));
+	for (i = 0; i < DOVETAIL_HEALTH_TROUBLES_MAX; i++)
+		trouble_add(&report, "jane");
+	buffer_set_used_size(buf, 0);
+	dovetail_health_ack_put(buf, &in, &report.troubles);
+	test_assert(buf->used < DOVETAIL_HEALTH_ACK_MAX_BYTES + 100);
+	test_assert(dovetail_health_ack_get(buf->data, buf->used, pool, &out,
+					    &got));
+	test_assert(array_count(&got) > 100);
+	test_end();
+}
+
 int main(void)
 {
 	static void (*const test_functions[])(void) = {
 		test_report,
 		test_limits,
+		test_ack,
 		NULL
 	};
 

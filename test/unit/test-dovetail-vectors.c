@@ -401,6 +401,10 @@ static void text_ack(string_t *str, const struct dovetail_ack *ack)
 			    ack->failed[i].ordinal);
 	}
 	text_str(str, " last_error=", ack->last_error);
+	if (ack->troubles_size > 0) {
+		str_append(str, " troubles=");
+		binary_to_hex_append(str, ack->troubles, ack->troubles_size);
+	}
 }
 
 /* ---- what a vector asks for; each returns TRUE when it is accepted ---- */
@@ -914,7 +918,7 @@ static void test_vectors_entries_refused(void)
 
 static void test_vectors_acks(void)
 {
-	vectors_run("acks.txt", 5, 9);
+	vectors_run("acks.txt", 6, 11);
 }
 
 static void test_vectors_digests(void)

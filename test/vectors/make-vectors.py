@@ -562,15 +562,17 @@ class Entry:
 
 
 def ack(generation=1, seq=2, time=1700000000000000, entries=3, rejected=0,
-        set_aside=0, failed=(), last_error=""):
+        set_aside=0, failed=(), last_error="", troubles=b""):
     return (num(generation) + num(seq) + num(time) + num(entries) +
             num(rejected) + num(set_aside) + num(len(failed)) +
             b"".join(num(g) + num(s) + num(o) for g, s, o in failed) +
-            bstr(last_error),
+            bstr(last_error) +
+            (num(len(troubles)) + troubles if troubles else b""),
             "generation=%d seq=%d applied_time=%d entries=%d rejected=%d "
-            "set_aside=%d failed=%s last_error=%s" %
+            "set_aside=%d failed=%s last_error=%s%s" %
             (generation, seq, time, entries, rejected, set_aside,
-             ",".join("%d-%d/%d" % f for f in failed), qstr(last_error)))
+             ",".join("%d-%d/%d" % f for f in failed), qstr(last_error),
+             " troubles=" + troubles.hex() if troubles else ""))
 
 
 # ---- files ----
@@ -1576,6 +1578,12 @@ def make_acks():
         2**64 - 1, 2**64 - 1, 2**64 - 1, 2**64 - 1, 2**64 - 1, 2**32 - 1,
         [(2**64 - 1, 2**64 - 1, 2**32 - 1)]))
     f.ok("256 failures", "ack", *ack(failed=[(1, 1, 1)] * 256))
+    f.ok("with troubles, which are not looked into", "ack",
+         *ack(troubles=b"\x00\xff\x01"))
+    f.bad("troubles that are cut off", "ack",
+          ack(troubles=b"\x00\xff\x01")[0][:-1], "cut off")
+    f.bad("bytes behind the troubles", "ack",
+          ack(troubles=b"\x00")[0] + b"\x00", "more bytes")
     f.bad("257 failures", "ack", ack(failed=[(1, 1, 1)] * 257)[0], "too many")
     f.bad("claims failures that are not there", "ack",
           ack()[0][:-2] + num(200), "cut off")
