@@ -17,6 +17,11 @@
 
 #define QUEUE_CONNECT_RETRY_MSECS 1000
 
+static const char *service_name(const struct doveadm_queue *queue)
+{
+	return queue->service == NULL ? "dovetail-queue" : queue->service;
+}
+
 void doveadm_queue_fail(struct doveadm_queue *queue, int exit_code,
 			const char *error)
 {
@@ -37,7 +42,7 @@ void doveadm_queue_refused(struct doveadm_queue *queue,
 	text = dovetail_wire_get_str(r, pool_datastack_create());
 	doveadm_queue_fail(queue, reply == DOVETAIL_REPLY_REFUSED ?
 			   EX_NOPERM : EX_TEMPFAIL, t_strdup_printf(
-		"the dovetail-queue service refused: %s", text));
+		"the %s service refused: %s", service_name(queue), text));
 }
 
 void doveadm_queue_report(const struct doveadm_queue *queue)
@@ -51,8 +56,8 @@ void doveadm_queue_report(const struct doveadm_queue *queue)
 void doveadm_queue_timeout(struct doveadm_queue *queue)
 {
 	doveadm_queue_fail(queue, EX_TEMPFAIL, t_strdup_printf(
-		"the dovetail-queue service did not answer within %d s",
-		DOVEADM_QUEUE_TIMEOUT_MSECS / 1000));
+		"the %s service did not answer within %d s",
+		service_name(queue), DOVEADM_QUEUE_TIMEOUT_MSECS / 1000));
 }
 
 static void
@@ -62,12 +67,13 @@ queue_welcome(struct doveadm_queue *queue, struct dovetail_wire_reader *r)
 
 	if (r->failed || version == 0) {
 		doveadm_queue_fail(queue, EX_PROTOCOL,
-				   "not a dovetail-queue service");
+				   t_strdup_printf("not a %s service",
+						   service_name(queue)));
 	} else if (version != DOVETAIL_FRAME_VERSION) {
 		doveadm_queue_fail(queue, EX_PROTOCOL, t_strdup_printf(
-			"the dovetail-queue service speaks protocol version "
+			"the %s service speaks protocol version "
 			"%"PRIu64", this doveadm version %d: restart Dovecot",
-			version, DOVETAIL_FRAME_VERSION));
+			service_name(queue), version, DOVETAIL_FRAME_VERSION));
 	} else {
 		queue->welcomed = TRUE;
 	}
@@ -85,7 +91,8 @@ queue_frame(struct doveadm_queue *queue, enum dovetail_frame_type type,
 		return queue->frame(type, &r, queue->context);
 	if (type != DOVETAIL_FRAME_WELCOME) {
 		doveadm_queue_fail(queue, EX_PROTOCOL,
-				   "not a dovetail-queue service");
+				   t_strdup_printf("not a %s service",
+						   service_name(queue)));
 	} else {
 		queue_welcome(queue, &r);
 	}
@@ -108,8 +115,9 @@ static void queue_input(struct doveadm_queue *queue)
 			queue->input->stream_errno != ECONNRESET ?
 			t_strdup_printf("read() failed: %s",
 				i_stream_get_error(queue->input)) :
-			"the dovetail-queue service hung up without an "
-			"answer; its reason is in Dovecot's log");
+			t_strdup_printf("the %s service hung up without an "
+				"answer; its reason is in Dovecot's log",
+				service_name(queue)));
 		return;
 	}
 	while (more) {
@@ -120,7 +128,8 @@ static void queue_input(struct doveadm_queue *queue)
 			return;
 		if (ret < 0) {
 			doveadm_queue_fail(queue, EX_PROTOCOL, t_strdup_printf(
-				"not a dovetail-queue service: %s", error));
+				"not a %s service: %s", service_name(queue),
+				error));
 			return;
 		}
 		T_BEGIN {
@@ -171,9 +180,10 @@ static int queue_connect(struct doveadm_queue *queue)
 			eacces_error_get("net_connect_unix", queue->path));
 	} else {
 		doveadm_queue_fail(queue, EX_TEMPFAIL, t_strdup_printf(
-			"the dovetail-queue service is not reachable: "
+			"the %s service is not reachable: "
 			"connect() failed: %m (is Dovecot running, with "
-			"service dovetail-queue in its configuration?)"));
+			"service %s in its configuration?)",
+			service_name(queue), service_name(queue)));
 	}
 	return -1;
 }

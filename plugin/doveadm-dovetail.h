@@ -5,8 +5,9 @@
 
      doveadm-dovetail.c         registration; keygen, peers
      doveadm-dovetail-status.c  status
+     doveadm-dovetail-health.c  health
      doveadm-dovetail-job.c     verify, repair, seed
-     doveadm-dovetail-queue.c   the connection to dovetail-queue
+     doveadm-dovetail-queue.c   the connection to dovetail-queue, or -health
 
    Each verb reports a failure with i_error() and doveadm_exit_code, never with
    i_fatal(), so that doveadm's server and HTTP API survive it. */
@@ -37,6 +38,7 @@ int doveadm_dovetail_settings_read(struct dovetail_settings *set_r);
 
 /* ---- the verbs ---- */
 
+extern struct doveadm_cmd_ver2 doveadm_dovetail_cmd_health;
 extern struct doveadm_cmd_ver2 doveadm_dovetail_cmd_status;
 extern struct doveadm_cmd_ver2 doveadm_dovetail_cmds_job[];
 extern const unsigned int doveadm_dovetail_cmds_job_count;
@@ -50,6 +52,8 @@ struct doveadm_queue {
 	/* set before _open(); path: of the service's socket */
 	pool_t pool;
 	const char *path;
+	/* NULL: dovetail-queue */
+	const char *service;
 	/* A frame came. FALSE: the conversation is over. */
 	bool (*frame)(enum dovetail_frame_type type,
 		      struct dovetail_wire_reader *r, void *context);

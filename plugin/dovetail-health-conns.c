@@ -183,19 +183,19 @@ static int conn_requests(struct health_conn *conn, bool eof)
 		if (conn->finished || conn_unsent(conn) > 0)
 			return 0;
 		data = i_stream_get_data(conn->input, &size);
-		if (size == 0)
+		if (size == 0 && !(eof && conn->protocol->may_be_empty))
 			return eof ? -1 : 0;
 		ret = 0;
 		error = "The end of the request is missing";
 		T_BEGIN {
 			ret = conn->protocol->input(conn, data, size, eof,
 						    &error);
-			if (ret < 0 || (ret == 0 && eof))
+			if (ret < 0 || (ret == 0 && eof && !conn->finished))
 				conn_refuse(conn, error);
 		} T_END;
 		if (ret < 0)
 			return -1;
-		if (ret == 0)
+		if (ret == 0 && !conn->finished)
 			return eof ? -1 : 0;
 		i_stream_skip(conn->input, ret);
 		if (o_stream_flush(conn->output) < 0)

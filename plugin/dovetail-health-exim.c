@@ -58,5 +58,6 @@ const struct health_protocol health_protocol_exim = {
 	.type = "exim",
 	.max_request_size = EXIM_REQUEST_MAX_SIZE,
 	.idle_msecs = EXIM_IDLE_MSECS,
+	.may_be_empty = TRUE,
 	.input = exim_input,
 };

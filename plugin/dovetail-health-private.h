@@ -141,6 +141,8 @@ struct health_protocol {
 	size_t max_request_size;
 	/* between requests */
 	unsigned int idle_msecs;
+	/* closing without a word is a request, too */
+	bool may_be_empty;
 	/* Says something at once; may be NULL. */
 	void (*connected)(struct health_conn *conn);
 	/* Work on the first request in data. eof: there will be no more data.
