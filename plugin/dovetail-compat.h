@@ -96,27 +96,34 @@ static inline struct http_server *
 dovetail_compat_http_server_init(const struct dovetail_compat_http_settings *set,
 				 struct event *event)
 {
+#if DOVETAIL_DOVECOT_24
+	/* the server and its connections keep references to the pool */
+	pool_t pool = pool_alloconly_create("dovetail http settings", 512);
+	struct http_server_settings *http_set =
+		p_new(pool, struct http_server_settings, 1);
+	struct http_server *server;
+
+	http_server_settings_init(pool, http_set);
+	http_set->request_max_target_length = set->target_max_len;
+	http_set->request_max_payload_size = set->payload_max_size;
+	http_set->request_hdr_max_size = set->headers_max_size;
+	http_set->request_hdr_max_field_size = set->headers_max_size;
+	http_set->max_client_idle_time_msecs = set->idle_msecs;
+	http_set->max_pipelined_requests = 1;
+	server = http_server_init(http_set, event);
+	pool_unref(&pool);
+	return server;
+#else
 	struct http_server_settings http_set;
 
-#if DOVETAIL_DOVECOT_24
-	http_server_settings_init(null_pool, &http_set);
-	http_set.request_max_target_length = set->target_max_len;
-	http_set.request_max_payload_size = set->payload_max_size;
-	http_set.request_hdr_max_size = set->headers_max_size;
-	http_set.request_hdr_max_field_size = set->headers_max_size;
-#else
 	i_zero(&http_set);
 	http_set.event = event;
 	http_set.request_limits.max_target_length = set->target_max_len;
 	http_set.request_limits.max_payload_size = set->payload_max_size;
 	http_set.request_limits.header.max_size = set->headers_max_size;
 	http_set.request_limits.header.max_field_size = set->headers_max_size;
-#endif
 	http_set.max_client_idle_time_msecs = set->idle_msecs;
 	http_set.max_pipelined_requests = 1;
-#if DOVETAIL_DOVECOT_24
-	return http_server_init(&http_set, event);
-#else
 	return http_server_init(&http_set);
 #endif
 }
