@@ -134,6 +134,12 @@ static void json_all(string_t *dest)
 		    "\"max_bytes\":%"PRIuUOFF_T",\"dirty_users\":%"PRIu64"}",
 		    health.report.queue_entries, health.report.queue_bytes,
 		    health.set.queue_max_size, health.report.dirty);
+	if (health.report.verified_time == 0)
+		str_append(dest, ",\"verified\":null");
+	else {
+		str_printfa(dest, ",\"verified\":%"PRIu64,
+			    health.report.verified_time);
+	}
 	str_printfa(dest, ",\"users_not_ok\":%u,\"peers\":[",
 		    hash_table_count(health.users));
 	array_foreach_elem(&health.peers, peer) {

@@ -260,6 +260,13 @@ static void metrics_queue(string_t *dest)
 	       "dovetail_queue_max_size.");
 	number(dest, "dovetail_queue_max_bytes", "",
 	       health.set.queue_max_size);
+	metric(dest, "dovetail_last_verify_timestamp_seconds", METRIC_GAUGE,
+	       "seconds", "When the last routine verification of all users "
+	       "ended.");
+	if (health.report.verified_time != 0) {
+		number(dest, "dovetail_last_verify_timestamp_seconds", "",
+		       health.report.verified_time);
+	}
 	metric(dest, "dovetail_dirty_users", METRIC_GAUGE, NULL,
 	       "Users with something that is not queued.");
 	number(dest, "dovetail_dirty_users", "", health.report.dirty);

@@ -217,6 +217,7 @@ void dovetail_health_report_put(buffer_t *buf,
 	dovetail_wire_put_num(buf, report->dirty_failing);
 	dovetail_wire_put_num(buf, report->dirty_msecs);
 	dovetail_wire_put_num(buf, report->rejected);
+	dovetail_wire_put_num(buf, report->verified_time);
 	dovetail_wire_put_num(buf, array_count(&report->peers));
 	array_foreach(&report->peers, peer)
 		peer_put(buf, peer);
@@ -244,6 +245,7 @@ bool dovetail_health_report_get(struct dovetail_wire_reader *r, pool_t pool,
 	report_r->dirty_failing = dovetail_wire_get_num(r);
 	report_r->dirty_msecs = dovetail_wire_get_num(r);
 	report_r->rejected = dovetail_wire_get_num(r);
+	report_r->verified_time = dovetail_wire_get_num(r);
 	count = dovetail_wire_get_num(r);
 	if (count > DOVETAIL_HEALTH_PEERS_MAX)
 		r->failed = TRUE;

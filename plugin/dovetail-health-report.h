@@ -12,7 +12,8 @@
 
      report    u8 known  str node  u8 ack level  u8 refuses  str fenced
                str unprotected  str redis_error  num each: queue_entries,
-               queue_bytes, dirty, dirty_failing, dirty_msecs, rejected;
+               queue_bytes, dirty, dirty_failing, dirty_msecs, rejected,
+               verified_time;
                num peers, each:
                  str peer
                  to:   u8 seen  num each: heard_msecs, lag_msecs, entries,
@@ -73,6 +74,8 @@ struct dovetail_health_report {
 	const char *fenced, *unprotected, *redis_error;
 	uint64_t queue_entries, queue_bytes;
 	uint64_t dirty, dirty_failing, dirty_msecs, rejected;
+	/* When all users were compared last, seconds since 1970; 0: not yet */
+	uint64_t verified_time;
 	ARRAY(struct dovetail_health_report_peer) peers;
 	ARRAY_TYPE(dovetail_health_trouble_of) troubles;
 	/* how many more there are */

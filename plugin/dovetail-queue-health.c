@@ -121,7 +121,17 @@ static uint64_t fields_get_num(const char *const *fields, const char *key)
 	return str_to_uint64(fields_get(fields, key), &num) < 0 ? 0 : num;
 }
 
-/* A row of a worker: about one shard of a peer. */
+/* The routine verification: of the worker that is furthest behind. */
+static void health_verified(const char *const *fields,
+			    struct dovetail_health_report *report)
+{
+	uint64_t secs = fields_get_num(fields, "verified_time");
+
+	report->verified_time = report->verified_time == UINT64_MAX ? secs :
+		I_MIN(report->verified_time, secs);
+}
+
+/* A row of a worker: about one shard of a peer, or (peer "") itself. */
 static void health_from(const char *const *fields, uint64_t age_msecs,
 			void *context)
 {
@@ -131,6 +141,10 @@ static void health_from(const char *const *fields, uint64_t age_msecs,
 	const char *value = fields_get(fields, "peer");
 	uint64_t now = dovetail_queue_now_usecs(), sealed, msecs, entries;
 
+	if (*value == '\0') {
+		health_verified(fields, report);
+		return;
+	}
 	array_foreach_modifiable(&report->peers, p) {
 		if (strcmp(p->peer, value) == 0)
 			rpeer = p;
@@ -235,7 +249,10 @@ static void health_report(struct dovetail_queue *queue,
 		rpeer->from.redis_error = rpeer->from.stuck = "";
 		rpeer->from.error = "";
 	}
+	report_r->verified_time = UINT64_MAX;
 	dovetail_queue_conns_reports(queue, health_from, report_r);
+	if (report_r->verified_time == UINT64_MAX)
+		report_r->verified_time = 0;
 	/* a dirty user is worse off than one whose replica differs */
 	health_dirty(queue, report_r);
 	dovetail_queue_conns_troubles(queue, &report_r->troubles,

@@ -71,6 +71,7 @@ static void test_report(void)
 	report.dirty_failing = 4;
 	report.dirty_msecs = 5;
 	report.rejected = 6;
+	report.verified_time = 1764000000;
 	report.troubles_more = 7;
 	peer = array_append_space(&report.peers);
 	peer->peer = "b";
@@ -108,6 +109,7 @@ static void test_report(void)
 	test_assert(got.queue_entries == 1 && got.queue_bytes == 2 &&
 		    got.dirty == 3 && got.dirty_failing == 4 &&
 		    got.dirty_msecs == 5 && got.rejected == 6 &&
+		    got.verified_time == 1764000000 &&
 		    got.troubles_more == 7);
 	test_assert(array_count(&got.peers) == 1);
 	got_peer = array_front(&got.peers);
