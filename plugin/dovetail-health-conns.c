@@ -72,6 +72,10 @@ static void conn_destroy(struct health_conn *conn)
 		health_http_close(&conn->http);
 		return;
 	}
+	if (conn->protocol == NULL) {
+		/* about to be */
+		return;
+	}
 	if (conn->busy) {
 		conn->dead = TRUE;
 		return;

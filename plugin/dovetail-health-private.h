@@ -61,7 +61,7 @@ struct health_user {
 struct health {
 	struct event *event;
 	struct dovetail_settings set;
-	/* the newest report, and when it came; pool NULL: there was none */
+	/* the newest report, and when it was made; pool NULL: there was none */
 	pool_t pool;
 	struct dovetail_health_report report;
 	uint64_t report_msecs;

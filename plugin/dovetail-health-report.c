@@ -204,6 +204,7 @@ void dovetail_health_report_put(buffer_t *buf,
 {
 	const struct dovetail_health_report_peer *peer;
 
+	dovetail_wire_put_num(buf, report->sent_msecs);
 	put_bool(buf, report->known);
 	dovetail_wire_put_str(buf, report->node);
 	dovetail_wire_put_u8(buf, report->ack);
@@ -232,6 +233,7 @@ bool dovetail_health_report_get(struct dovetail_wire_reader *r, pool_t pool,
 	uint64_t count;
 
 	i_zero(report_r);
+	report_r->sent_msecs = dovetail_wire_get_num(r);
 	report_r->known = get_bool(r);
 	report_r->node = dovetail_wire_get_str(r, pool);
 	report_r->ack = dovetail_wire_get_u8(r);

@@ -8,9 +8,11 @@
 
      dovetail-replay ──REPORT, TROUBLES──> dovetail-queue ──HEALTH──> dovetail-health
 
-   Ages and not times travel, so that no clock is compared with another process'.
+   Ages and not times travel, so that no clocks are compared; but for sent_msecs, of
+   the machine's clock that never jumps: what has waited to be read is older than it
+   looks.
 
-     report    u8 known  str node  u8 ack level  u8 refuses  str fenced
+     report    num sent_msecs  u8 known  str node  u8 ack level  u8 refuses  str fenced
                str unprotected  str redis_error  num each: queue_entries,
                queue_bytes, dirty, dirty_failing, dirty_msecs, rejected,
                verified_time;
@@ -65,6 +67,8 @@ struct dovetail_health_report_peer {
 };
 
 struct dovetail_health_report {
+	/* dovetail_monotonic_msecs() */
+	uint64_t sent_msecs;
 	/* FALSE: dovetail-queue has just been started, and what follows says
 	   nothing yet */
 	bool known;

@@ -315,7 +315,8 @@ void health_state_report(pool_t pool,
 	pool_unref(&health.pool);
 	health.pool = pool;
 	health.report = *report;
-	health.report_msecs = dovetail_monotonic_msecs();
+	health.report_msecs = I_MIN(report->sent_msecs,
+				    dovetail_monotonic_msecs());
 	health_state_tick();
 }
 

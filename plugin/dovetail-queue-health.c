@@ -218,6 +218,7 @@ static void health_report(struct dovetail_queue *queue,
 	unsigned int i;
 
 	i_zero(report_r);
+	report_r->sent_msecs = dovetail_monotonic_msecs();
 	report_r->known = health_is_known(queue);
 	report_r->node = queue->set.node;
 	report_r->ack = queue->set.ack;
@@ -253,10 +254,10 @@ static void health_report(struct dovetail_queue *queue,
 	dovetail_queue_conns_reports(queue, health_from, report_r);
 	if (report_r->verified_time == UINT64_MAX)
 		report_r->verified_time = 0;
-	/* a dirty user is worse off than one whose replica differs */
-	health_dirty(queue, report_r);
 	dovetail_queue_conns_troubles(queue, &report_r->troubles,
 				      &report_r->troubles_more);
+	/* the last, because in an outage there are more than are told */
+	health_dirty(queue, report_r);
 }
 
 /* ---- the connection ---- */

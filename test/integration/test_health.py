@@ -319,6 +319,22 @@ def test_queue_is_silent(well):
     wait_ok(a)
 
 
+def test_old_reports_are_old(well):
+    """What waited in the socket while we could not read is not news."""
+    a = well.a
+    with contextlib.ExitStack() as queue:
+        with a.paused("dovetail-health"):
+            # some reports are on their way now
+            time.sleep(3)
+            queue.enter_context(a.paused("dovetail-queue"))
+            # and old when they are read
+            time.sleep(4)
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline:
+            assert state(a) == "unknown"
+    wait_ok(a)
+
+
 def test_worker_is_silent(well):
     b = well.b
     with b.paused("dovetail-replay"):
@@ -489,8 +505,10 @@ def test_reports_are_not_for_everybody(well):
         try:
             os.setgid(pwd.getpwnam(MAIL_USER).pw_gid)
             os.setuid(pwd.getpwnam(MAIL_USER).pw_uid)
-            frame = struct.pack(">IB", 16, 16) + bytes(15)
-            code = 0 if ask(a, "health", frame) == b"" else 2
+            # sent just now, known, of node a, and nothing at all
+            report = bytes(1) + b"\1\1a" + bytes(2 + 3 + 7 + 1 + 2)
+            frame = struct.pack(">IB", len(report) + 1, 16) + report
+            code = 0 if ask(a, "health", frame, True) == b"" else 2
         except ConnectionError:
             code = 0
         finally:

@@ -60,6 +60,7 @@ static void test_report(void)
 
 	test_begin("health report: there and back");
 	report_init(&report);
+	report.sent_msecs = 123456789;
 	report.ack = 2;
 	report.refuses = TRUE;
 	report.fenced = "f";
@@ -101,6 +102,7 @@ static void test_report(void)
 	dovetail_health_report_put(buf, &report);
 
 	test_assert(get(buf->data, buf->used, &got));
+	test_assert(got.sent_msecs == 123456789);
 	test_assert(got.known && got.ack == 2 && got.refuses);
 	test_assert_strcmp(got.node, "a");
 	test_assert_strcmp(got.fenced, "f");
