@@ -220,8 +220,10 @@ static void queue_deinit(struct dovetail_queue *q)
 	fuzz_assert(q->jobs == NULL);
 
 	for (i = 0; i < q->peers_count; i++) {
-		for (j = 0; j < SHARDS; j++)
+		for (j = 0; j < SHARDS; j++) {
 			i_free(q->peers[i].shards[j].error);
+			pool_unref(&q->peers[i].shards[j].troubles_pool);
+		}
 		i_free(q->peers[i].shards);
 	}
 	i_free(q->peers);
