@@ -368,7 +368,7 @@ cut_hash(const char *body, size_t size, unsigned int cuts,
 
 	dovetail_body_hash_init(&hash);
 	for (i = 0; i < size; i++) {
-		if ((cuts & (1U << i)) == 0)
+		if (i >= 32 || (cuts & (1U << i)) == 0)
 			continue;
 		dovetail_body_hash_more(&hash, body + start, i + 1 - start);
 		/* nothing between the pieces */
