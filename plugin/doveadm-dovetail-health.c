@@ -27,33 +27,23 @@ static const struct {
 	enum doveadm_print_header_flags flags;
 	/* not in the brief table */
 	bool detail;
-} columns[] = {
-	{ "about", 0, FALSE },
-	{ "peer", 0, FALSE },
-	{ "direction", 0, FALSE },
-	{ "state", 0, FALSE },
-	{ "since", 0, FALSE },
-	{ "lag", DOVEADM_PRINT_HEADER_FLAG_RIGHT_JUSTIFY, FALSE },
-	{ "who", 0, FALSE },
-	{ "reason", 0, FALSE },
-	{ "remedy", 0, TRUE },
-};
-enum {
-	COLUMN_ABOUT, COLUMN_PEER, COLUMN_DIRECTION, COLUMN_STATE,
-	COLUMN_SINCE, COLUMN_LAG, COLUMN_WHO, COLUMN_REASON, COLUMN_REMEDY,
-};
-
-struct health_row {
-	const char *values[N_ELEMENTS(columns)];
-	enum dovetail_health_state state;
+	/* not shown here */
+	bool hidden;
+} columns[DOVEADM_HEALTH_COLUMN_COUNT] = {
+	[DOVEADM_HEALTH_ABOUT] = { .key = "about" },
+	[DOVEADM_HEALTH_PEER] = { .key = "peer" },
+	[DOVEADM_HEALTH_DIRECTION] = { .key = "direction" },
+	[DOVEADM_HEALTH_STATE] = { .key = "state" },
+	[DOVEADM_HEALTH_SINCE] = { .key = "since" },
+	[DOVEADM_HEALTH_LAG] = {
+		.key = "lag", .flags = DOVEADM_PRINT_HEADER_FLAG_RIGHT_JUSTIFY },
+	[DOVEADM_HEALTH_WHO] = { .key = "who" },
+	[DOVEADM_HEALTH_REASON] = { .key = "reason" },
+	[DOVEADM_HEALTH_REMEDY] = { .key = "remedy", .detail = TRUE },
+	[DOVEADM_HEALTH_ENTRIES] = { .key = "entries", .hidden = TRUE },
 };
 
-struct health_cmd {
-	struct doveadm_queue queue;
-	ARRAY(struct health_row) rows;
-};
-
-static void health_row_field(struct health_row *row, const char *key,
+static void health_row_field(struct doveadm_health_row *row, const char *key,
 			     const char *value)
 {
 	unsigned int i;
@@ -64,9 +54,10 @@ static void health_row_field(struct health_row *row, const char *key,
 	}
 }
 
-static bool health_rows(struct health_cmd *cmd, struct dovetail_wire_reader *r)
+static bool
+health_rows(struct doveadm_health *health, struct dovetail_wire_reader *r)
 {
-	struct health_row *row;
+	struct doveadm_health_row *row;
 	const char *key, *value;
 	uint64_t rows, count;
 	unsigned int i;
@@ -74,51 +65,52 @@ static bool health_rows(struct health_cmd *cmd, struct dovetail_wire_reader *r)
 	(void)dovetail_wire_get_num(r); /* tag */
 	rows = dovetail_wire_get_num(r);
 	for (; rows > 0 && !r->failed; rows--) {
-		row = array_append_space(&cmd->rows);
+		row = array_append_space(&health->rows);
 		for (i = 0; i < N_ELEMENTS(columns); i++)
 			row->values[i] = "";
 		count = dovetail_wire_get_num(r);
 		for (; count > 0 && !r->failed; count--) {
-			key = dovetail_wire_get_str(r, cmd->queue.pool);
-			value = dovetail_wire_get_str(r, cmd->queue.pool);
+			key = dovetail_wire_get_str(r, health->queue.pool);
+			value = dovetail_wire_get_str(r, health->queue.pool);
 			health_row_field(row, key, value);
 		}
-		if (dovetail_health_state_parse(row->values[COLUMN_STATE],
-						&row->state) < 0)
+		if (dovetail_health_state_parse(
+				row->values[DOVEADM_HEALTH_STATE],
+				&row->state) < 0)
 			return FALSE;
 	}
-	return dovetail_wire_reader_done(r) && array_count(&cmd->rows) > 0;
+	return dovetail_wire_reader_done(r) && array_count(&health->rows) > 0;
 }
 
 static bool health_frame(enum dovetail_frame_type type,
 			 struct dovetail_wire_reader *r, void *context)
 {
-	struct health_cmd *cmd = context;
+	struct doveadm_health *health = context;
 
-	if (type != DOVETAIL_FRAME_STATUS || !health_rows(cmd, r)) {
-		doveadm_queue_fail(&cmd->queue, EX_PROTOCOL,
+	if (type != DOVETAIL_FRAME_STATUS || !health_rows(health, r)) {
+		doveadm_queue_fail(&health->queue, EX_PROTOCOL,
 			"the dovetail-health service sent what cannot be read");
 	}
 	return FALSE;
 }
 
-static void health_print(const struct health_cmd *cmd)
+static void health_print(const struct doveadm_health *health)
 {
-	const struct health_row *row;
+	const struct doveadm_health_row *row;
 	unsigned int i;
 	/* who asks for a formatter, or for more, gets everything */
 	bool brief = !doveadm_print_is_initialized() && !doveadm_verbose;
 
 	doveadm_print_init(DOVEADM_PRINT_TYPE_TABLE);
 	for (i = 0; i < N_ELEMENTS(columns); i++) {
-		if (!brief || !columns[i].detail) {
+		if (!columns[i].hidden && (!brief || !columns[i].detail)) {
 			doveadm_print_header(columns[i].key, columns[i].key,
 					     columns[i].flags);
 		}
 	}
-	array_foreach(&cmd->rows, row) {
+	array_foreach(&health->rows, row) {
 		for (i = 0; i < N_ELEMENTS(columns); i++) {
-			if (brief && columns[i].detail)
+			if (columns[i].hidden || (brief && columns[i].detail))
 				continue;
 			doveadm_print(row->values[i][0] == '\0' ?
 				DOVEADM_DOVETAIL_NO_VALUE :
@@ -145,27 +137,27 @@ static int check_status(enum dovetail_health_state state)
 }
 
 /* One line and the exit status. */
-static void health_check(const struct health_cmd *cmd)
+static void health_check(const struct doveadm_health *health)
 {
 	static const char *const words[] = {
 		"OK", "WARNING", "CRITICAL", "UNKNOWN",
 	};
-	const struct health_row *row, *worst = NULL;
+	const struct doveadm_health_row *row, *worst = NULL;
 	const char *about, *reason, *remedy;
 	int status;
 
-	array_foreach(&cmd->rows, row) {
+	array_foreach(&health->rows, row) {
 		if (worst == NULL || row->state > worst->state)
 			worst = row;
 	}
 	status = check_status(worst->state);
-	about = worst->values[COLUMN_PEER][0] == '\0' ?
-		worst->values[COLUMN_ABOUT] :
-		t_strdup_printf("%s %s %s", worst->values[COLUMN_ABOUT],
-				worst->values[COLUMN_DIRECTION],
-				worst->values[COLUMN_PEER]);
-	reason = worst->values[COLUMN_REASON];
-	remedy = worst->values[COLUMN_REMEDY];
+	about = worst->values[DOVEADM_HEALTH_PEER][0] == '\0' ?
+		worst->values[DOVEADM_HEALTH_ABOUT] :
+		t_strdup_printf("%s %s %s", worst->values[DOVEADM_HEALTH_ABOUT],
+				worst->values[DOVEADM_HEALTH_DIRECTION],
+				worst->values[DOVEADM_HEALTH_PEER]);
+	reason = worst->values[DOVEADM_HEALTH_REASON];
+	remedy = worst->values[DOVEADM_HEALTH_REMEDY];
 	doveadm_print_init(DOVEADM_PRINT_TYPE_FLOW);
 	doveadm_print_header("check", "check",
 			     DOVEADM_PRINT_HEADER_FLAG_HIDE_TITLE);
@@ -177,28 +169,40 @@ static void health_check(const struct health_cmd *cmd)
 	doveadm_exit_code = status;
 }
 
-static void health_ask(struct health_cmd *cmd, const char *user)
+void doveadm_health_ask(struct doveadm_health *health,
+			struct doveadm_cmd_context *cctx, const char *user)
 {
 	buffer_t *question = t_buffer_create(64);
 	struct timeout *to;
 	size_t offset;
 
+	i_zero(health);
+	if (!doveadm_cmd_param_str(cctx, "health-socket", &health->queue.path)) {
+		health->queue.path = t_strconcat(doveadm_settings->base_dir,
+						 "/dovetail-health", NULL);
+	}
+	health->queue.pool = pool_alloconly_create("dovetail health", 4096);
+	health->queue.service = "dovetail-health";
+	health->queue.frame = health_frame;
+	health->queue.context = health;
+	p_array_init(&health->rows, health->queue.pool, 16);
+
 	offset = dovetail_frame_begin(question, DOVETAIL_FRAME_HEALTH_GET);
 	dovetail_wire_put_num(question, 1);
 	dovetail_wire_put_str(question, user);
 	dovetail_frame_end(question, offset);
-	if (doveadm_queue_open(&cmd->queue, question) < 0)
+	if (doveadm_queue_open(&health->queue, question) < 0)
 		return;
 	to = timeout_add(DOVEADM_QUEUE_TIMEOUT_MSECS, doveadm_queue_timeout,
-			 &cmd->queue);
-	doveadm_queue_run(&cmd->queue);
+			 &health->queue);
+	doveadm_queue_run(&health->queue);
 	timeout_remove(&to);
-	doveadm_queue_close(&cmd->queue);
+	doveadm_queue_close(&health->queue);
 }
 
 static void cmd_dovetail_health(struct doveadm_cmd_context *cctx)
 {
-	struct health_cmd cmd;
+	struct doveadm_health health;
 	const char *user = "";
 	bool all = FALSE, check = FALSE;
 
@@ -210,27 +214,17 @@ static void cmd_dovetail_health(struct doveadm_cmd_context *cctx)
 	(void)doveadm_cmd_param_bool(cctx, "all-users", &all);
 	(void)doveadm_cmd_param_bool(cctx, "check", &check);
 
-	i_zero(&cmd);
-	if (!doveadm_cmd_param_str(cctx, "health-socket", &cmd.queue.path)) {
-		cmd.queue.path = t_strconcat(doveadm_settings->base_dir,
-					     "/dovetail-health", NULL);
-	}
-	cmd.queue.pool = pool_alloconly_create("dovetail health", 4096);
-	cmd.queue.service = "dovetail-health";
-	cmd.queue.frame = health_frame;
-	cmd.queue.context = &cmd;
-	p_array_init(&cmd.rows, cmd.queue.pool, 16);
-	health_ask(&cmd, all ? "*" : user);
-	if (cmd.queue.error == NULL && check)
-		health_check(&cmd);
-	else if (cmd.queue.error == NULL)
-		health_print(&cmd);
+	doveadm_health_ask(&health, cctx, all ? "*" : user);
+	if (health.queue.error == NULL && check)
+		health_check(&health);
+	else if (health.queue.error == NULL)
+		health_print(&health);
 	else {
-		doveadm_queue_report(&cmd.queue);
+		doveadm_queue_report(&health.queue);
 		if (check)
 			doveadm_exit_code = CHECK_UNKNOWN;
 	}
-	pool_unref(&cmd.queue.pool);
+	pool_unref(&health.queue.pool);
 }
 
 struct doveadm_cmd_ver2 doveadm_dovetail_cmd_health = {

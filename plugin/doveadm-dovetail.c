@@ -278,6 +278,7 @@ void doveadm_dovetail_plugin_init(struct module *module ATTR_UNUSED)
 	for (i = 0; i < N_ELEMENTS(doveadm_dovetail_cmds); i++)
 		doveadm_cmd_register_ver2(&doveadm_dovetail_cmds[i]);
 	doveadm_cmd_register_ver2(&doveadm_dovetail_cmd_health);
+	doveadm_cmd_register_ver2(&doveadm_dovetail_cmd_lag);
 	doveadm_cmd_register_ver2(&doveadm_dovetail_cmd_status);
 	for (i = 0; i < doveadm_dovetail_cmds_job_count; i++)
 		doveadm_cmd_register_ver2(&doveadm_dovetail_cmds_job[i]);

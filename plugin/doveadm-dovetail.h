@@ -6,6 +6,7 @@
      doveadm-dovetail.c         registration; keygen, peers
      doveadm-dovetail-status.c  status
      doveadm-dovetail-health.c  health
+     doveadm-dovetail-lag.c     lag
      doveadm-dovetail-job.c     verify, repair, seed
      doveadm-dovetail-queue.c   the connection to dovetail-queue, or -health
 
@@ -14,6 +15,7 @@
 
 #include "doveadm-cmd.h"
 #include "dovetail-frame.h"
+#include "dovetail-health.h"
 
 struct dovetail_settings;
 struct istream;
@@ -39,6 +41,7 @@ int doveadm_dovetail_settings_read(struct dovetail_settings *set_r);
 /* ---- the verbs ---- */
 
 extern struct doveadm_cmd_ver2 doveadm_dovetail_cmd_health;
+extern struct doveadm_cmd_ver2 doveadm_dovetail_cmd_lag;
 extern struct doveadm_cmd_ver2 doveadm_dovetail_cmd_status;
 extern struct doveadm_cmd_ver2 doveadm_dovetail_cmds_job[];
 extern const unsigned int doveadm_dovetail_cmds_job_count;
@@ -86,5 +89,39 @@ void doveadm_queue_refused(struct doveadm_queue *queue,
 			   struct dovetail_wire_reader *r);
 /* For timeout_add(). */
 void doveadm_queue_timeout(struct doveadm_queue *queue);
+
+/* ---- doveadm-dovetail-health.c ---- */
+
+enum doveadm_health_column {
+	DOVEADM_HEALTH_ABOUT,
+	DOVEADM_HEALTH_PEER,
+	DOVEADM_HEALTH_DIRECTION,
+	DOVEADM_HEALTH_STATE,
+	DOVEADM_HEALTH_SINCE,
+	DOVEADM_HEALTH_LAG,
+	DOVEADM_HEALTH_WHO,
+	DOVEADM_HEALTH_REASON,
+	DOVEADM_HEALTH_REMEDY,
+	DOVEADM_HEALTH_ENTRIES,
+
+	DOVEADM_HEALTH_COLUMN_COUNT
+};
+
+struct doveadm_health_row {
+	/* "": there is none */
+	const char *values[DOVEADM_HEALTH_COLUMN_COUNT];
+	enum dovetail_health_state state;
+};
+
+/* What dovetail-health knows: all is in queue.pool, to be unreferenced by the caller,
+   also if queue.error is set. */
+struct doveadm_health {
+	struct doveadm_queue queue;
+	ARRAY(struct doveadm_health_row) rows;
+};
+
+/* user: "": of none, "*": of all that are not ok. */
+void doveadm_health_ask(struct doveadm_health *health,
+			struct doveadm_cmd_context *cctx, const char *user);
 
 #endif

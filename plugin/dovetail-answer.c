@@ -1,18 +1,23 @@
 /* Copyright (c) 2026 dovetail authors, LGPL-2.1-or-later, see COPYING */
 
 /* What the primary says of a mailbox for others to compare with: its digest, and for
-   a replica that differs the digests of ranges of UIDs, ever smaller ones. Said at
-   the very place of the log it is true for. */
+   a replica that differs the digests of ranges of UIDs, ever smaller ones, and its
+   attributes. Said at the very place of the log it is true for. (An attribute is in
+   the dict a moment before it is in the log. What is said too early of it comes
+   again.) */
 
 #include "lib.h"
 #include "array.h"
 #include "mail-storage-private.h"
 #include "mail-index-private.h"
+#include "dovetail-attribute.h"
 #include "dovetail-mailbox-digest.h"
 #include "dovetail-plugin.h"
 
 /* Messages that are read at once, where hashes are lacking: others wait. */
 #define ANSWER_FILL_MAX 100
+/* Other processes bring messages while we look. */
+#define ANSWER_FILL_TRIES 5
 /* A range that differs is cut into so many, ... */
 #define ANSWER_SPLIT 16
 /* ... or its messages are listed, when there are no more than these. */
@@ -23,7 +28,7 @@ static int answer_fill(struct mailbox *box, const char **error_r)
 {
 	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
 	struct dovetail_digest digest;
-	unsigned int lacking;
+	unsigned int i, lacking;
 
 	if (dbox == NULL || dbox->digest == NULL) {
 		*error_r = "This node is not the user's primary";
@@ -31,26 +36,67 @@ static int answer_fill(struct mailbox *box, const char **error_r)
 	}
 	if (dovetail_mailbox_digest_now(dbox->digest, &digest))
 		return 1;
-	lacking = dovetail_mailbox_digest_fill(dbox->digest, ANSWER_FILL_MAX);
-	if (dovetail_mailbox_digest_save(dbox->digest, error_r) < 0)
-		return -1;
-	if (lacking > 0)
-		return 0;
-	if (dovetail_mailbox_digest_now(dbox->digest, &digest))
-		return 1;
+	for (i = 0; i < ANSWER_FILL_TRIES; i++) {
+		lacking = dovetail_mailbox_digest_fill(dbox->digest,
+						       ANSWER_FILL_MAX);
+		if (dovetail_mailbox_digest_save(dbox->digest, error_r) < 0)
+			return -1;
+		if (lacking > 0)
+			return 0;
+		if (dovetail_mailbox_digest_now(dbox->digest, &digest))
+			return 1;
+		/* there are some that the box does not see yet */
+		if (mailbox_sync(box, 0) < 0) {
+			*error_r = t_strdup(
+				mailbox_get_last_internal_error(box, NULL));
+			return -1;
+		}
+	}
 	*error_r = "Some of its messages cannot be read";
 	return -1;
 }
 
+/* Returns 1: attributes has all of the mailbox.  0: nothing is said of them.
+   -1: failed, error_r. */
+static int answer_attributes(struct mailbox *box,
+			     ARRAY_TYPE(dovetail_attribute) *attributes,
+			     const char **error_r)
+{
+	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
+	const char *error;
+	int ret;
+
+	ret = dovetail_attributes_get(box, &dbox->module_ctx.super, attributes,
+				      &error);
+	if (ret < 0) {
+		*error_r = t_strdup_printf("Its attributes cannot be read: %s",
+					   error);
+	}
+	return ret;
+}
+
 /* ---- the digest ---- */
+
+struct answer_verify {
+	struct dovetail_change_verify verify;
+	const char *error;
+};
 
 static int answer_verify(struct mailbox *box, struct mail_index_view *view,
 			 const struct dovetail_change_mailbox *mailbox,
 			 struct dovetail_change *change, void *context)
 {
 	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
-	struct dovetail_change_verify *verify = context;
+	struct answer_verify *ctx = context;
+	struct dovetail_change_verify *verify = &ctx->verify;
+	ARRAY_TYPE(dovetail_attribute) attributes;
+	int ret;
 
+	t_array_init(&attributes, 16);
+	if ((ret = answer_attributes(box, &attributes, &ctx->error)) < 0)
+		return 0;
+	if (ret > 0)
+		dovetail_attributes_hash(&attributes, verify->attributes);
 	if (!dovetail_mailbox_digest_recompute(dbox->digest, view, NULL,
 					       &verify->digest))
 		return 0;
@@ -67,21 +113,24 @@ int dovetail_plugin_verify(struct mailbox *box, uint32_t number,
 			   enum dovetail_verify_flags flags,
 			   uint32_t *messages_r, const char **error_r)
 {
-	struct dovetail_change_verify verify;
+	struct answer_verify ctx;
 	int ret;
 
 	*messages_r = 0;
 	if ((ret = answer_fill(box, error_r)) <= 0)
 		return ret;
-	i_zero(&verify);
-	verify.number = number;
-	verify.flags = flags;
-	if (dovetail_capture_and_answer(box, answer_verify, &verify,
-					error_r) < 0)
+	i_zero(&ctx);
+	ctx.verify.number = number;
+	ctx.verify.flags = flags;
+	if (dovetail_capture_and_answer(box, answer_verify, &ctx, error_r) < 0)
 		return -1;
-	*messages_r = verify.digest.count;
+	if (ctx.error != NULL) {
+		*error_r = ctx.error;
+		return -1;
+	}
+	*messages_r = ctx.verify.digest.count;
 	/* not said: a message came whose hash is lacking */
-	return guid_128_is_empty(verify.guid) ? 0 : 1;
+	return guid_128_is_empty(ctx.verify.guid) ? 0 : 1;
 }
 
 /* ---- ranges ---- */
@@ -183,7 +232,8 @@ static int answer_compare(struct mailbox *box, struct mail_index_view *view,
 	struct answer_compare *ctx = context;
 	const struct dovetail_range *range;
 	struct dovetail_digest digest;
-	bool known;
+	const char *error;
+	bool first, known;
 
 	change->kind = DOVETAIL_CHANGE_COMPARED;
 	guid_128_copy(compared->guid, mailbox->guid);
@@ -198,13 +248,17 @@ static int answer_compare(struct mailbox *box, struct mail_index_view *view,
 	/* The first question is about all messages: computed afresh then, if
 	   what was followed had been wrong, this is the time. */
 	range = array_front(&ctx->compare->ranges);
-	known = range->uid1 == 1 && array_count(&ctx->compare->ranges) <=
-		ANSWER_SPLIT ?
+	first = range->uid1 == 1 &&
+		array_count(&ctx->compare->ranges) <= ANSWER_SPLIT + 1;
+	known = first ?
 		dovetail_mailbox_digest_recompute(dbox->digest, view, NULL,
 						  &digest) :
 		dovetail_mailbox_digest_follow(dbox->digest, view, &digest);
 	if (!known)
 		return 0;
+	t_array_init(&compared->attributes, 16);
+	compared->with_attributes = first &&
+		answer_attributes(box, &compared->attributes, &error) > 0;
 	array_foreach(&ctx->compare->ranges, range) {
 		if (!answer_range(box, view, ctx->compare->key, range,
 				  compared))

@@ -18,6 +18,7 @@
 #include "mail-index-modseq.h"
 #include "mail-transaction-log-view-private.h"
 #include "dovetail-compat.h"
+#include "dovetail-attribute.h"
 #include "dovetail-log.h"
 #include "dovetail-mailbox-digest.h"
 #include "dovetail-name.h"
@@ -539,6 +540,51 @@ static void capture_flags(struct capture *c,
 	capture_op(c, op, DOVETAIL_OP_FLAGS);
 }
 
+/* The log has the keys, the values are those of now: if they changed again, that
+   stands behind. What cannot be read does not hold up mail; verify finds it. */
+static void capture_attributes(struct capture *c,
+			       const struct dovetail_log_record *record)
+{
+	ARRAY_TYPE(dovetail_attribute) attributes;
+	struct dovetail_attribute *attribute;
+	struct dovetail_op op = { .type = DOVETAIL_OP_ATTRIBUTE };
+	const char *error, *problem;
+	size_t size = 0;
+	int ret;
+
+	t_array_init(&attributes, 4);
+	dovetail_log_record_attributes(record, &attributes);
+	array_foreach_modifiable(&attributes, attribute) {
+		if (!dovetail_attribute_travels(attribute))
+			continue;
+		ret = dovetail_attribute_get(c->box, &c->dbox->module_ctx.super,
+					     attribute, &error);
+		if (ret == 0)
+			return;
+		problem = ret < 0 ? error : NULL;
+		if (ret > 0 && !dovetail_attribute_limit(attribute)) {
+			problem = t_strdup_printf("Its value has more than %u "
+				"bytes", DOVETAIL_ATTRIBUTE_VALUE_MAX_SIZE);
+		}
+		if (ret > 0 && attribute->value != NULL)
+			size += strlen(attribute->value);
+		if (ret > 0 && size > DOVETAIL_ATTRIBUTES_MAX_SIZE) {
+			problem = "Too many changed at once";
+			ret = -1;
+		}
+		if (problem != NULL) {
+			e_warning(c->duser->event, "Mailbox %s: Attribute "
+				"/%s/%s is not replicated: %s", c->box->vname,
+				attribute->shared ? "shared" : "private",
+				attribute->key, problem);
+		}
+		if (ret > 0) {
+			op.attribute = *attribute;
+			dovetail_op_encode(c->ops, &op);
+		}
+	}
+}
+
 /* Returns 1, 0 when deferred, -1 when failed. */
 static int capture_record(struct capture *c,
 			  const struct dovetail_log_record *record)
@@ -554,6 +600,9 @@ static int capture_record(struct capture *c,
 		return capture_append(c, record);
 	case MAIL_TRANSACTION_FLAG_UPDATE:
 		capture_flags(c, record, &op);
+		return 1;
+	case MAIL_TRANSACTION_ATTRIBUTE_UPDATE:
+		capture_attributes(c, record);
 		return 1;
 	case MAIL_TRANSACTION_KEYWORD_UPDATE:
 		op.keyword = t_strndup(keyword + 1, keyword->name_size);
@@ -714,6 +763,31 @@ static void capture_snapshot_state(struct capture *c, uint32_t seq2)
 	}
 }
 
+static void capture_snapshot_attributes(struct capture *c)
+{
+	struct dovetail_change_mailbox *mailbox = &c->change.u.mailbox;
+	struct dovetail_op op = { .type = DOVETAIL_OP_ATTRIBUTE };
+	ARRAY_TYPE(dovetail_attribute) attributes;
+	const struct dovetail_attribute *attribute;
+	const char *error;
+	int ret;
+
+	t_array_init(&attributes, 16);
+	ret = dovetail_attributes_get(c->box, &c->dbox->module_ctx.super,
+				      &attributes, &error);
+	if (ret < 0) {
+		e_warning(c->duser->event, "Mailbox %s: Attributes are not "
+			"replicated: %s", c->box->vname, error);
+	}
+	if (ret <= 0)
+		return;
+	mailbox->flags |= DOVETAIL_MAILBOX_ATTRIBUTES;
+	array_foreach(&attributes, attribute) {
+		op.attribute = *attribute;
+		dovetail_op_encode(c->ops, &op);
+	}
+}
+
 /* Send the mailbox as it is, with the messages from uid_next on. */
 static int capture_snapshot(struct capture *c, uint32_t uid_next,
 			    struct dovetail_log_pos *sent_r)
@@ -750,8 +824,12 @@ static int capture_snapshot(struct capture *c, uint32_t uid_next,
 		return -1;
 	if (ret == 0)
 		mailbox->flags |= DOVETAIL_MAILBOX_MORE;
-	if ((mailbox->flags & DOVETAIL_MAILBOX_MORE) == 0)
+	if ((mailbox->flags & DOVETAIL_MAILBOX_MORE) == 0) {
+		T_BEGIN {
+			capture_snapshot_attributes(c);
+		} T_END;
 		capture_add_digest(c);
+	}
 	*sent_r = mailbox->to;
 	return capture_flush(c) < 0 ? -1 : 1;
 }

@@ -84,6 +84,14 @@ dovetail_compat_listener_type(const struct master_service_connection *conn)
 }
 #endif
 
+/* What the auth service's protocol calls the service for which a user is looked
+   up. */
+#if DOVETAIL_DOVECOT_24
+#  define DOVETAIL_COMPAT_AUTH_SERVICE "protocol"
+#else
+#  define DOVETAIL_COMPAT_AUTH_SERVICE "service"
+#endif
+
 #ifdef HTTP_SERVER_H
 /* ---- HTTP: http-server.h ---- */
 
@@ -189,6 +197,87 @@ dovetail_compat_ssl_client(struct ssl_iostream_context *ctx,
 	(void)event;
 	return io_stream_create_ssl_client(ctx, host, set, input, output,
 					   ssl_r, error_r);
+#endif
+}
+
+#ifdef HTTP_CLIENT_H
+/* ---- HTTP, as a client: http-client.h ---- */
+
+/* One attempt for each request, and no redirects; names are looked up by Dovecot's
+   service dns-client, certificates checked against what the system trusts. */
+static inline struct http_client *
+dovetail_compat_http_client_init(const char *base_dir,
+				 unsigned int timeout_msecs,
+				 struct event *event)
+{
+	pool_t pool = pool_alloconly_create("dovetail http client", 1024);
+	const char *dns = p_strconcat(pool, base_dir, "/dns-client", NULL);
+	struct ssl_iostream_settings *ssl =
+		p_new(pool, struct ssl_iostream_settings, 1);
+	struct http_client *client;
+#if DOVETAIL_DOVECOT_24
+	/* the client keeps references to the pool */
+	struct http_client_settings *set =
+		p_new(pool, struct http_client_settings, 1);
+
+	http_client_settings_init(pool, set);
+	set->auto_redirect = FALSE;
+	set->auto_retry = FALSE;
+	set->request_max_attempts = 1;
+	set->base_dir = base_dir;
+#else
+	/* it is copied */
+	struct http_client_settings http_set, *set = &http_set;
+
+	i_zero(set);
+	set->no_auto_redirect = TRUE;
+	set->no_auto_retry = TRUE;
+	set->max_attempts = 1;
+	set->event_parent = event;
+	set->ssl = ssl;
+#endif
+	set->dns_client_socket_path = dns;
+	set->max_connect_attempts = 1;
+	set->connect_timeout_msecs = timeout_msecs;
+	set->request_timeout_msecs = timeout_msecs;
+	set->request_absolute_timeout_msecs = timeout_msecs;
+	set->user_agent = "dovetail";
+	dovetail_compat_ssl_settings(ssl, pool, NULL, NULL, NULL);
+#if DOVETAIL_DOVECOT_24
+	client = http_client_init(set, event);
+	http_client_set_ssl_settings(client, ssl);
+#else
+	client = http_client_init(set);
+#endif
+	pool_unref(&pool);
+	return client;
+}
+#endif
+#endif
+
+#ifdef MDBOX_STORAGE_REBUILD_H
+/* ---- mdbox: mdbox-map-private.h, mdbox-storage.h, mdbox-storage-rebuild.h ---- */
+
+/* Dovecot 2.3 rebuilds in the middle of a sync. If that fails at its end, the
+   mailboxes are written and the map is not. If it does not, the map stays marked as
+   just checked, in the file and in memory, and so the next sync rebuilds everything
+   again, and the next. This rebuilds once more, if rebuilt is true or the map is
+   marked, and takes the marks away. (Only where nobody looks at the mailbox:
+   rebuilding throws clients out. They do not stay as long as dovetail-replay,
+   either.) */
+static inline void
+dovetail_compat_mdbox_end_rebuilds(struct mdbox_storage *storage ATTR_UNUSED,
+				   bool rebuilt ATTR_UNUSED)
+{
+#if !DOVETAIL_DOVECOT_24
+	if (storage->map == NULL ||
+	    (!rebuilt && !mdbox_map_is_fscked(storage->map)))
+		return;
+	if (mdbox_storage_rebuild(storage) == 0) {
+		(void)mail_index_reset_fscked(storage->map->index);
+		/* what the map's view shows is asked the next time */
+		(void)mdbox_map_refresh(storage->map);
+	}
 #endif
 }
 #endif

@@ -21,12 +21,13 @@ static void agent_connected(struct health_conn *conn)
 	worst = health_state_worst(TRUE, &about);
 	name = dovetail_health_state_name(worst->state);
 	if (health_states_have(health.set.health_down, worst->state))
-		str = t_strdup_printf("down#%s\n", name);
+		str = t_strdup_printf("down #%s\n", name);
 	else if (health_states_have(health.set.health_drain, worst->state))
 		str = "up drain\n";
 	else
 		str = "up ready 100%\n";
 	health.answers++;
+	health_decided("agent", "", t_strcut(str, '\n'), worst->state);
 	health_conn_send(conn, str, strlen(str));
 	health_conn_finish(conn);
 }

@@ -39,7 +39,9 @@ struct health_conn {
 	bool hurried;
 	/* to be closed when all is sent */
 	bool finished;
-	/* stays when there are too many */
+	/* its request will be answered later; nothing is read meanwhile */
+	bool waiting;
+	/* reports: stays when there are too many */
 	bool keep;
 	/* being worked on: not to be freed */
 	bool busy, dead;
@@ -48,6 +50,7 @@ struct health_conn {
 static const struct health_protocol *const protocols[] = {
 	&health_protocol_frames,
 	&health_protocol_policy,
+	&health_protocol_socketmap,
 	&health_protocol_exim,
 	&health_protocol_agent,
 };
@@ -84,6 +87,8 @@ static void conn_destroy(struct health_conn *conn)
 		/* what is not read would take the answer with it */
 		(void)i_stream_read(conn->input);
 	}
+	if (conn->keep)
+		health_state_report_ended();
 	timeout_remove(&conn->to);
 	io_remove(&conn->io);
 	i_stream_destroy(&conn->input);
@@ -129,6 +134,16 @@ void health_conn_finish(struct health_conn *conn)
 	conn->finished = TRUE;
 }
 
+void health_conn_wait(struct health_conn *conn)
+{
+	conn->waiting = TRUE;
+}
+
+bool health_conn_is_waiting(const struct health_conn *conn)
+{
+	return conn->waiting;
+}
+
 void health_conn_keep(struct health_conn *conn)
 {
 	conn->keep = TRUE;
@@ -154,7 +169,7 @@ static int conn_output(struct health_conn *conn)
 		conn_destroy(conn);
 		return 1;
 	}
-	if (conn->io == NULL) {
+	if (conn->io == NULL && !conn->waiting) {
 		conn->io = io_add(conn->fd, IO_READ, conn_input, conn);
 		/* what is in the buffer already */
 		io_set_pending(conn->io);
@@ -194,11 +209,14 @@ static int conn_requests(struct health_conn *conn, bool eof)
 		T_BEGIN {
 			ret = conn->protocol->input(conn, data, size, eof,
 						    &error);
-			if (ret < 0 || (ret == 0 && eof && !conn->finished))
+			if (ret < 0 || (ret == 0 && eof && !conn->finished &&
+					!conn->waiting))
 				conn_refuse(conn, error);
 		} T_END;
 		if (ret < 0)
 			return -1;
+		if (ret == 0 && conn->waiting)
+			return 0;
 		if (ret == 0 && !conn->finished)
 			return eof ? -1 : 0;
 		i_stream_skip(conn->input, ret);
@@ -207,20 +225,11 @@ static int conn_requests(struct health_conn *conn, bool eof)
 	}
 }
 
-static void conn_input(struct health_conn *conn)
+/* full: there is no room for more of the request */
+static void conn_work(struct health_conn *conn, bool eof, bool full)
 {
-	bool eof = FALSE, full = FALSE;
 	int ret;
 
-	switch (i_stream_read(conn->input)) {
-	case -1:
-		eof = TRUE;
-		break;
-	case -2:
-		full = TRUE;
-		break;
-	}
-	conn_active(conn);
 	conn->busy = TRUE;
 	ret = conn_requests(conn, eof);
 	conn->busy = FALSE;
@@ -236,14 +245,48 @@ static void conn_input(struct health_conn *conn)
 			conn_set_timeout(conn, TRUE);
 	} else if (conn->finished) {
 		conn_destroy(conn);
+	} else if (conn->waiting) {
+		io_remove(&conn->io);
+		conn_set_timeout(conn, TRUE);
 	} else if (full && i_stream_get_data_size(conn->input) >=
 		   conn->protocol->max_request_size) {
 		conn_refuse(conn, t_strdup_printf("More than %zu bytes",
 					conn->protocol->max_request_size));
 		conn_destroy(conn);
 	} else {
+		if (conn->io == NULL)
+			conn->io = io_add(conn->fd, IO_READ, conn_input, conn);
 		conn_set_timeout(conn,
 				 i_stream_get_data_size(conn->input) > 0);
+	}
+}
+
+static void conn_input(struct health_conn *conn)
+{
+	bool eof = FALSE, full = FALSE;
+
+	switch (i_stream_read(conn->input)) {
+	case -1:
+		eof = TRUE;
+		break;
+	case -2:
+		full = TRUE;
+		break;
+	}
+	conn_active(conn);
+	conn_work(conn, eof, full);
+}
+
+void health_conns_resume(void)
+{
+	struct health_conn *conn, *next;
+
+	for (conn = conns_head; conn != NULL; conn = next) {
+		next = conn->next;
+		if (!conn->waiting)
+			continue;
+		conn->waiting = FALSE;
+		conn_work(conn, conn->input->eof, FALSE);
 	}
 }
 
@@ -290,11 +333,12 @@ void health_conn_create(struct master_service_connection *mconn)
 	const char *type = dovetail_compat_listener_type(mconn);
 	const struct health_protocol *protocol = protocol_find(type);
 	struct health_conn *conn;
+	bool names = strcmp(type, "admin") == 0;
 
-	if (protocol == NULL && strcmp(type, "http") != 0) {
+	if (protocol == NULL && !names && strcmp(type, "http") != 0) {
 		e_error(health.event, "Listener %s: Its name must end with the "
-			"name of a protocol: -health, -policy, -exim, -agent, "
-			"-http", mconn->name);
+			"name of a protocol: -health, -policy, -socketmap, "
+			"-exim, -agent, -http, -admin", mconn->name);
 		return;
 	}
 	master_service_client_connection_accept(mconn);
@@ -307,7 +351,7 @@ void health_conn_create(struct master_service_connection *mconn)
 	DLLIST2_APPEND(&conns_head, &conns_tail, conn);
 	net_set_nonblock(conn->fd, TRUE);
 	if (protocol == NULL) {
-		conn->http = health_http_create(conn->fd, mconn->ssl,
+		conn->http = health_http_create(conn->fd, mconn->ssl, names,
 						conn_http_active,
 						conn_http_closed, conn);
 		return;

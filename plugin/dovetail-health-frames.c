@@ -13,7 +13,6 @@
 #include "dovetail-frame.h"
 #include "dovetail-health-private.h"
 
-#include <time.h>
 #include <unistd.h>
 
 #define FRAMES_REQUEST_MAX_SIZE \
@@ -28,35 +27,27 @@ struct rows {
 	unsigned int count;
 };
 
-static const char *time_str(time_t t)
-{
-	struct tm *tm = gmtime(&t);
-
-	return t_strdup_printf("%04d-%02d-%02dT%02d:%02d:%02dZ",
-			       tm->tm_year + 1900, tm->tm_mon + 1, tm->tm_mday,
-			       tm->tm_hour, tm->tm_min, tm->tm_sec);
-}
-
 static const char *lag_str(uint64_t msecs)
 {
-	return t_strdup_printf("%"PRIu64".%03u", msecs / 1000,
+	return msecs == DOVETAIL_HEALTH_NEVER ? "" : t_strdup_printf("%"PRIu64".%03u", msecs / 1000,
 			       (unsigned int)(msecs % 1000));
 }
 
 static void row_add(struct rows *rows, const char *about, const char *peer,
 		    const char *direction, const char *lag,
-		    const struct dovetail_health *h)
+		    const char *entries, const struct dovetail_health *h)
 {
 	const char *const fields[] = {
 		"about", about,
 		"peer", peer,
 		"direction", direction,
 		"state", dovetail_health_state_name(h->state),
-		"since", time_str(health_state_since(h)),
+		"since", health_time_str(health_state_since(h), TRUE),
 		"lag", lag,
 		"who", dovetail_health_who_name(h->who),
 		"reason", h->reason,
 		"remedy", h->remedy,
+		"entries", entries,
 	};
 	unsigned int i;
 
@@ -74,17 +65,20 @@ static void rows_peers(struct rows *rows)
 	array_foreach_elem(&health.peers, peer) {
 		rpeer = health_state_report_peer(peer->name);
 		row_add(rows, health.set.node, peer->name, "to",
-			rpeer == NULL ? "" : lag_str(rpeer->to.lag_msecs),
+			lag_str(health_state_primary_lag(peer->name)),
+			rpeer == NULL ? "" : dec2str(rpeer->to.entries),
 			&peer->to.pair.all);
 		row_add(rows, health.set.node, peer->name, "from",
-			rpeer == NULL ? "" : lag_str(rpeer->from.lag_msecs),
+			lag_str(health_state_replica_lag(peer->name)),
+			rpeer == NULL ? "" : dec2str(rpeer->from.entries),
 			&peer->from.pair.all);
 	}
 }
 
 static void row_user(struct rows *rows, const struct health_user *user)
 {
-	row_add(rows, user->name, user->mailbox, "user", "", &user->health);
+	row_add(rows, user->name, user->mailbox, "user", "", "",
+		&user->health);
 }
 
 static void rows_users(struct rows *rows)
@@ -139,7 +133,7 @@ frame_health_get(struct health_conn *conn, struct dovetail_wire_reader *r)
 	name = dovetail_wire_get_str(r, pool_datastack_create());
 	if (!dovetail_wire_reader_done(r))
 		return -1;
-	row_add(&rows, health.set.node, "", "self", "", &health.node.all);
+	row_add(&rows, health.set.node, "", "self", "", "", &health.node.all);
 	rows_peers(&rows);
 	if (strcmp(name, "*") == 0)
 		rows_users(&rows);

@@ -1,6 +1,7 @@
 /* Copyright (c) 2026 dovetail authors, LGPL-2.1-or-later, see COPYING */
 
-/* HTTP: the status code is the answer, the body says more, without users' names.
+/* HTTP: the status code is the answer, the body says more. Two protocols: "http" tells
+   no user's name to anybody, "admin" is the same with names.
 
      GET /healthz         200: there is news that is not old; else 503
      GET /readyz          200: the state is none of dovetail_health_down and
@@ -9,19 +10,20 @@
      GET /replica[?lag=N] 200: it is a replica of it that is known to be no more
                           than N seconds (5, 0.5, 500ms) behind; without N: of which
                           it is known how far
+     GET /                the page for people, which asks for the next two
      GET /health          200, JSON: everything
-     GET /metrics         OpenMetrics */
+     GET /history         200, JSON: the last hour
+     GET /metrics         OpenMetrics, if the client accepts that by name, or the
+                          older text format of Prometheus */
 
 #include "lib.h"
 #include "array.h"
-#include "hash.h"
-#include "ioloop.h"
 #include "str.h"
 #include "http-server.h"
 #include "http-url.h"
 #include "settings-parser.h"
-#include "str-sanitize.h"
 #include "dovetail-compat.h"
+#include "dovetail-health-page.h"
 #include "dovetail-health-private.h"
 
 #include <ctype.h>
@@ -35,121 +37,11 @@ struct http_client {
 	void (*active)(void *context);
 	void (*closed)(void *context);
 	void *context;
+	/* may see users' names */
+	bool names;
 };
 
 static struct http_server *http_server;
-
-/* ---- JSON ---- */
-
-static void json_str(string_t *dest, const char *key, const char *value)
-{
-	const char *p;
-
-	str_printfa(dest, "\"%s\":\"", key);
-	for (p = str_sanitize_utf8(value, SIZE_MAX); *p != '\0'; p++) {
-		if (*p == '"' || *p == '\\')
-			str_append_c(dest, '\\');
-		if ((unsigned char)*p < 0x20)
-			str_printfa(dest, "\\u%04x", *p);
-		else
-			str_append_c(dest, *p);
-	}
-	str_append_c(dest, '"');
-}
-
-static void json_health(string_t *dest, const struct dovetail_health *h)
-{
-	json_str(dest, "state", dovetail_health_state_name(h->state));
-	str_printfa(dest, ",\"since\":%s,", dec2str(health_state_since(h)));
-	json_str(dest, "reason", h->reason);
-	str_append_c(dest, ',');
-	json_str(dest, "remedy", h->remedy);
-	str_append_c(dest, ',');
-	json_str(dest, "who", dovetail_health_who_name(h->who));
-}
-
-static void json_lag(string_t *dest, uint64_t msecs)
-{
-	if (msecs == DOVETAIL_HEALTH_NEVER)
-		str_append(dest, ",\"lag\":null");
-	else {
-		str_printfa(dest, ",\"lag\":%"PRIu64".%03u", msecs / 1000,
-			    (unsigned int)(msecs % 1000));
-	}
-}
-
-static void json_troubles(string_t *dest,
-			  const struct dovetail_health_troubles *t)
-{
-	str_printfa(dest, ",\"lacking\":%u,\"failing\":%u,\"differing\":%u,"
-		    "\"diverged\":%u", t->lacking, t->failing, t->differing,
-		    t->diverged);
-}
-
-static void json_peer(string_t *dest, const struct health_peer *peer)
-{
-	const struct dovetail_health_report_peer *rpeer =
-		health_state_report_peer(peer->name);
-
-	str_append_c(dest, '{');
-	json_str(dest, "peer", peer->name);
-	str_append(dest, ",\"to\":{");
-	json_health(dest, &peer->to.pair.all);
-	if (rpeer != NULL) {
-		json_lag(dest, rpeer->to.lag_msecs);
-		str_printfa(dest, ",\"entries\":%"PRIu64",\"bytes\":%"PRIu64,
-			    rpeer->to.entries, rpeer->to.bytes);
-		json_troubles(dest, &rpeer->to.troubles);
-	}
-	str_append(dest, "},\"from\":{");
-	json_health(dest, &peer->from.pair.all);
-	if (rpeer != NULL) {
-		json_lag(dest, health_state_replica_lag(peer->name));
-		str_printfa(dest, ",\"entries\":%"PRIu64, rpeer->from.entries);
-		json_troubles(dest, &rpeer->from.troubles);
-	}
-	str_append(dest, "}}");
-}
-
-static void json_all(string_t *dest)
-{
-	const struct dovetail_health *worst;
-	struct health_peer *peer;
-	const char *about;
-	bool first = TRUE;
-
-	worst = health_state_worst(FALSE, &about);
-	str_append_c(dest, '{');
-	json_str(dest, "node", health.set.node);
-	str_append_c(dest, ',');
-	json_str(dest, "primary", health.set.primary);
-	str_append_c(dest, ',');
-	json_str(dest, "about", about);
-	str_append_c(dest, ',');
-	json_health(dest, worst);
-	str_append(dest, ",\"self\":{");
-	json_health(dest, &health.node.all);
-	str_append(dest, "},\"queue\":{");
-	str_printfa(dest, "\"entries\":%"PRIu64",\"bytes\":%"PRIu64","
-		    "\"max_bytes\":%"PRIuUOFF_T",\"dirty_users\":%"PRIu64"}",
-		    health.report.queue_entries, health.report.queue_bytes,
-		    health.set.queue_max_size, health.report.dirty);
-	if (health.report.verified_time == 0)
-		str_append(dest, ",\"verified\":null");
-	else {
-		str_printfa(dest, ",\"verified\":%"PRIu64,
-			    health.report.verified_time);
-	}
-	str_printfa(dest, ",\"users_not_ok\":%u,\"peers\":[",
-		    hash_table_count(health.users));
-	array_foreach_elem(&health.peers, peer) {
-		if (!first)
-			str_append_c(dest, ',');
-		first = FALSE;
-		json_peer(dest, peer);
-	}
-	str_append(dest, "]}\n");
-}
 
 /* ---- requests ---- */
 
@@ -172,12 +64,15 @@ http_respond(struct http_server_request *req, unsigned int status,
 static void http_respond_yes(struct http_server_request *req, bool yes,
 			     const struct dovetail_health *h)
 {
+	const char *path =
+		t_strcut(http_server_request_get(req)->target_raw, '?');
 	string_t *body = t_str_new(256);
 
+	health_decided("http", path, yes ? "200" : "503", h->state);
 	str_append_c(body, '{');
-	json_str(body, "node", health.set.node);
+	health_json_str(body, "node", health.set.node);
 	str_append_c(body, ',');
-	json_health(body, h);
+	health_json(body, h);
 	str_append(body, "}\n");
 	http_respond(req, yes ? 200 : 503, "application/json", body);
 }
@@ -259,8 +154,55 @@ static void http_readyz(struct http_server_request *req)
 						  h->state), h);
 }
 
+static void http_metrics(struct http_server_request *req)
+{
+	const char *accept = http_request_header_get(
+		http_server_request_get(req), "Accept");
+	bool openmetrics = accept != NULL &&
+		strstr(accept, "application/openmetrics-text") != NULL;
+	string_t *body = t_str_new(4096);
+
+	health_metrics(body, openmetrics);
+	http_respond(req, 200, openmetrics ? "application/openmetrics-text; "
+		     "version=1.0.0; charset=utf-8" : "text/plain; "
+		     "version=0.0.4; charset=utf-8", body);
+}
+
+/* The page is all in one; nothing may be loaded from anywhere else, or embed it. */
+static void http_page(struct http_server_request *req)
+{
+	struct http_server_response *resp;
+
+	resp = http_server_response_create(req, 200, "OK");
+	http_server_response_add_header(resp, "Content-Type",
+					"text/html; charset=utf-8");
+	http_server_response_add_header(resp, "Cache-Control", "no-store");
+	http_server_response_add_header(resp, "Content-Security-Policy",
+		"default-src 'none'; script-src 'unsafe-inline'; "
+		"style-src 'unsafe-inline'; img-src data:; "
+		"connect-src 'self'; base-uri 'none'; form-action 'none'; "
+		"frame-ancestors 'none'");
+	http_server_response_add_header(resp, "X-Content-Type-Options",
+					"nosniff");
+	http_server_response_set_payload_data(resp, page_html,
+					      sizeof(page_html) - 1);
+	http_server_response_submit(resp);
+}
+
+/* A page of somebody else, whose host name suddenly means 127.0.0.1, would be allowed
+   by the administrator's browser to ask us, in a name that is not ours. */
+static bool http_host_is_local(struct http_server_request *req)
+{
+	const struct http_url *url =
+		http_server_request_get(req)->target.url;
+
+	return url != NULL && (url->host.ip.family != 0 ||
+			       (url->host.name != NULL &&
+				strcmp(url->host.name, "localhost") == 0));
+}
+
 static void http_handle(struct http_server_request *req, const char *path,
-			const char *query)
+			const char *query, bool names)
 {
 	string_t *body;
 
@@ -276,13 +218,16 @@ static void http_handle(struct http_server_request *req, const char *path,
 		http_replica(req, query);
 	} else if (strcmp(path, "/health") == 0) {
 		body = t_str_new(1024);
-		json_all(body);
+		health_json_all(body, names);
 		http_respond(req, 200, "application/json", body);
+	} else if (strcmp(path, "/history") == 0) {
+		body = t_str_new(8192);
+		health_history_json(body);
+		http_respond(req, 200, "application/json", body);
+	} else if (strcmp(path, "/") == 0) {
+		http_page(req);
 	} else if (strcmp(path, "/metrics") == 0) {
-		body = t_str_new(4096);
-		health_metrics(body);
-		http_respond(req, 200, "application/openmetrics-text; "
-			     "version=1.0.0; charset=utf-8", body);
+		http_metrics(req);
 	} else {
 		http_server_request_fail(req, 404, "Not Found");
 	}
@@ -301,10 +246,16 @@ static void http_request(void *context, struct http_server_request *req)
 		http_server_request_fail_bad_method(req, "GET, HEAD");
 		return;
 	}
+	if (client->names && !http_host_is_local(req)) {
+		http_server_request_fail_text(req, 403, "Forbidden",
+			"Ask for localhost, or for an IP address\n");
+		return;
+	}
 	T_BEGIN {
 		path = t_strcut(hreq->target_raw, '?');
 		query = strchr(hreq->target_raw, '?');
-		http_handle(req, path, query == NULL ? NULL : query + 1);
+		http_handle(req, path, query == NULL ? NULL : query + 1,
+			    client->names);
 	} T_END;
 }
 
@@ -317,7 +268,7 @@ static void http_closed(void *context, const char *reason ATTR_UNUSED)
 }
 
 struct http_server_connection *
-health_http_create(int fd, bool ssl, void (*active)(void *context),
+health_http_create(int fd, bool ssl, bool names, void (*active)(void *context),
 		   void (*closed)(void *context), void *context)
 {
 	static const struct http_server_callbacks callbacks = {
@@ -329,6 +280,7 @@ health_http_create(int fd, bool ssl, void (*active)(void *context),
 	client->active = active;
 	client->closed = closed;
 	client->context = context;
+	client->names = names;
 	client->conn = http_server_connection_create(http_server, fd, fd, ssl,
 						     &callbacks, client);
 	return client->conn;

@@ -1,7 +1,8 @@
 /* Copyright (c) 2026 dovetail authors, LGPL-2.1-or-later, see COPYING */
 
-/* /metrics in OpenMetrics' text format 1.0. No users' names. What is not known is
-   left out: a sample says something that was measured. */
+/* /metrics in OpenMetrics' text format 1.0, or in Prometheus' older one, 0.0.4. No
+   users' names. What is not known is left out: a sample says something that was
+   measured. */
 
 #include "lib.h"
 #include "array.h"
@@ -19,15 +20,27 @@ enum metric_type {
 	METRIC_STATESET,
 };
 
+/* The format of what is being written. */
+static bool openmetrics;
+
 static void metric(string_t *dest, const char *name, enum metric_type type,
 		   const char *unit, const char *help)
 {
-	static const char *const types[] = {
-		"gauge", "counter", "info", "stateset",
+	/* what the older format calls it, by the name that its samples have */
+	static const struct {
+		const char *type, *old_type, *suffix;
+	} types[] = {
+		{ "gauge", "gauge", "" },
+		{ "counter", "counter", "_total" },
+		{ "info", "gauge", "_info" },
+		{ "stateset", "gauge", "" },
 	};
 
-	str_printfa(dest, "# TYPE %s %s\n", name, types[type]);
-	if (unit != NULL)
+	if (!openmetrics)
+		name = t_strconcat(name, types[type].suffix, NULL);
+	str_printfa(dest, "# TYPE %s %s\n", name, openmetrics ?
+		    types[type].type : types[type].old_type);
+	if (unit != NULL && openmetrics)
 		str_printfa(dest, "# UNIT %s %s\n", name, unit);
 	str_printfa(dest, "# HELP %s %s\n", name, help);
 }
@@ -305,8 +318,9 @@ static void metrics_service(string_t *dest)
 	       health.connections_closed);
 }
 
-void health_metrics(string_t *dest)
+void health_metrics(string_t *dest, bool as_openmetrics)
 {
+	openmetrics = as_openmetrics;
 	metrics_node(dest);
 	metrics_states(dest);
 	if (health.pool != NULL) {
@@ -316,5 +330,6 @@ void health_metrics(string_t *dest)
 		metrics_queue(dest);
 	}
 	metrics_service(dest);
-	str_append(dest, "# EOF\n");
+	if (openmetrics)
+		str_append(dest, "# EOF\n");
 }

@@ -156,7 +156,6 @@ static void peer_put(buffer_t *buf,
 	dovetail_wire_put_num(buf, peer->to.position);
 	dovetail_wire_put_num(buf, peer->to.rejected);
 	put_counts(buf, &peer->to.troubles);
-	put_text(buf, peer->to.error);
 
 	put_age(buf, peer->from.age_msecs);
 	dovetail_wire_put_num(buf, peer->from.shards_missing);
@@ -168,7 +167,6 @@ static void peer_put(buffer_t *buf,
 	put_counts(buf, &peer->from.troubles);
 	put_text(buf, peer->from.redis_error);
 	put_text(buf, peer->from.stuck);
-	put_text(buf, peer->from.error);
 }
 
 static void peer_get(struct dovetail_wire_reader *r, pool_t pool,
@@ -184,7 +182,6 @@ static void peer_get(struct dovetail_wire_reader *r, pool_t pool,
 	peer_r->to.position = dovetail_wire_get_num(r);
 	peer_r->to.rejected = dovetail_wire_get_num(r);
 	get_counts(r, &peer_r->to.troubles);
-	peer_r->to.error = dovetail_wire_get_str(r, pool);
 
 	peer_r->from.age_msecs = get_age(r);
 	peer_r->from.shards_missing = dovetail_wire_get_num(r);
@@ -196,7 +193,6 @@ static void peer_get(struct dovetail_wire_reader *r, pool_t pool,
 	get_counts(r, &peer_r->from.troubles);
 	peer_r->from.redis_error = dovetail_wire_get_str(r, pool);
 	peer_r->from.stuck = dovetail_wire_get_str(r, pool);
-	peer_r->from.error = dovetail_wire_get_str(r, pool);
 }
 
 void dovetail_health_report_put(buffer_t *buf,

@@ -19,10 +19,10 @@
                num peers, each:
                  str peer
                  to:   u8 seen  num each: heard_msecs, lag_msecs, entries,
-                       bytes, position, rejected; counts; str error
+                       bytes, position, rejected; counts
                  from: num each: age_msecs, shards_missing, heard_msecs,
                        lag_msecs, entries, position, rejected; counts;
-                       str redis_error  str stuck  str error
+                       str redis_error  str stuck
                troubles
      counts    num each: lacking, failing, differing, diverged
      troubles  num more  num count, each: str user  str mailbox  str primary
@@ -56,13 +56,12 @@ struct dovetail_health_report_peer {
 		uint64_t heard_msecs, lag_msecs, entries, bytes, position;
 		uint64_t rejected;
 		struct dovetail_health_troubles troubles;
-		const char *error;
 	} to;
 	struct {
 		uint64_t age_msecs, shards_missing, heard_msecs, lag_msecs;
 		uint64_t entries, position, rejected;
 		struct dovetail_health_troubles troubles;
-		const char *redis_error, *stuck, *error;
+		const char *redis_error, *stuck;
 	} from;
 };
 

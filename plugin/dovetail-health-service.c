@@ -25,13 +25,15 @@ static struct event_category event_category_dovetail = {
 static void health_tick(void *context ATTR_UNUSED)
 {
 	health_state_tick();
+	health_history_update();
+	health_messages_update();
 }
 
 int main(int argc, char *argv[])
 {
 	struct dovetail_compat_service service;
 	struct timeout *to_tick;
-	const char *error;
+	const char *base_dir, *error;
 	pool_t pool;
 
 	master_service = master_service_init(HEALTH_SERVICE_NAME,
@@ -49,6 +51,7 @@ int main(int argc, char *argv[])
 	master_service_init_log(master_service);
 
 	pool = pool_alloconly_create("dovetail settings", 1024);
+	base_dir = p_strdup(pool, service.base_dir);
 	if (!dovetail_settings_are_set(dovetail_compat_service_setting,
 				       &service))
 		i_fatal("dovetail_node is not set");
@@ -64,8 +67,11 @@ int main(int argc, char *argv[])
 	event_add_category(health.event, &event_category_dovetail);
 	event_add_str(health.event, "node", health.set.node);
 	health_state_init();
+	health_userdb_init();
 	health_conns_init();
 	health_http_init();
+	health_history_init();
+	health_messages_init(base_dir);
 	to_tick = timeout_add_short(HEALTH_TICK_MSECS, health_tick, NULL);
 
 	/* After a reload or at the end, when the master closes its pipe: do not
@@ -75,8 +81,11 @@ int main(int argc, char *argv[])
 	master_service_run(master_service, health_conn_create);
 
 	timeout_remove(&to_tick);
+	health_messages_deinit();
 	health_conns_deinit();
 	health_http_deinit();
+	health_userdb_deinit();
+	health_history_deinit();
 	health_state_deinit();
 	event_unref(&health.event);
 	pool_unref(&pool);

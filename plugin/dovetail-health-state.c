@@ -9,6 +9,8 @@
 #include "dovetail-health-private.h"
 #include "dovetail-service.h"
 
+#include <time.h>
+
 struct health health;
 
 #define MSG_MAX_LEN 400
@@ -60,6 +62,12 @@ static uint64_t health_age(uint64_t now)
 {
 	return health.pool == NULL ? DOVETAIL_HEALTH_NEVER :
 		now - health.report_msecs;
+}
+
+static bool health_is_old(void)
+{
+	return health_age(dovetail_monotonic_msecs()) >=
+		health.set.health.max_age_msecs;
 }
 
 static uint64_t age_add(uint64_t age, uint64_t more)
@@ -315,12 +323,37 @@ void health_state_report(pool_t pool,
 	pool_unref(&health.pool);
 	health.pool = pool;
 	health.report = *report;
+	health.report_ended = FALSE;
 	health.report_msecs = I_MIN(report->sent_msecs,
 				    dovetail_monotonic_msecs());
 	health_state_tick();
 }
 
+void health_state_report_ended(void)
+{
+	health.report_ended = TRUE;
+}
+
 /* ---- out ---- */
+
+bool health_state_is_protected(void)
+{
+	return !health.report_ended && !health_is_old() &&
+		health.report.unprotected[0] == '\0' &&
+		health.set.peers[0] != NULL;
+}
+
+void health_state_foreach(void (*callback)(const struct dovetail_health *h,
+					   void *context), void *context)
+{
+	struct health_peer *peer;
+
+	callback(&health.node.general, context);
+	array_foreach_elem(&health.peers, peer) {
+		callback(&peer->to.pair.general, context);
+		callback(&peer->from.pair.general, context);
+	}
+}
 
 static void
 worst_of(const struct dovetail_health **worst, const char **about,
@@ -359,12 +392,6 @@ const struct health_user *health_state_user(const char *name)
 	return hash_table_lookup(health.users, name);
 }
 
-static bool health_is_old(void)
-{
-	return health_age(dovetail_monotonic_msecs()) >=
-		health.set.health.max_age_msecs;
-}
-
 uint64_t health_state_replica_lag(const char *peer)
 {
 	const struct dovetail_health_report_peer *rpeer =
@@ -382,6 +409,16 @@ uint64_t health_state_replica_lag(const char *peer)
 	/* It has all that the peer has told it: is that all there is? */
 	return age_add(rpeer->from.heard_msecs, age) >=
 		health.set.health.silence_msecs ? DOVETAIL_HEALTH_NEVER : 0;
+}
+
+uint64_t health_state_primary_lag(const char *peer)
+{
+	const struct dovetail_health_report_peer *rpeer =
+		health_state_report_peer(peer);
+
+	return rpeer == NULL || health_is_old() || !rpeer->to.seen ||
+		health.report.redis_error[0] != '\0' ?
+		DOVETAIL_HEALTH_NEVER : rpeer->to.lag_msecs;
 }
 
 uint64_t health_state_lag(void)
@@ -412,6 +449,16 @@ time_t health_state_since(const struct dovetail_health *h)
 	    offset - diff > SINCE_TOLERANCE_MSECS)
 		offset = diff;
 	return (offset + (int64_t)h->since_msecs) / 1000;
+}
+
+const char *health_time_str(time_t t, bool iso)
+{
+	struct tm *tm = gmtime(&t);
+
+	return t_strdup_printf("%04d-%02d-%02d%c%02d:%02d:%02d%s",
+			       tm->tm_year + 1900, tm->tm_mon + 1, tm->tm_mday,
+			       iso ? 'T' : ' ', tm->tm_hour, tm->tm_min,
+			       tm->tm_sec, iso ? "Z" : " UTC");
 }
 
 /* ---- begin and end ---- */

@@ -7,7 +7,7 @@
 #include "dovetail-compat.h"
 #include "dovetail-log.h"
 
-/* The type without its flags, or 0 when it changes no message. */
+/* The type without its flags, or 0 when it changes nothing that travels. */
 static uint32_t log_change_type(const struct mail_transaction_header *hdr)
 {
 	uint32_t type = hdr->type & MAIL_TRANSACTION_TYPE_MASK;
@@ -17,6 +17,7 @@ static uint32_t log_change_type(const struct mail_transaction_header *hdr)
 	case MAIL_TRANSACTION_FLAG_UPDATE:
 	case MAIL_TRANSACTION_KEYWORD_UPDATE:
 	case MAIL_TRANSACTION_KEYWORD_RESET:
+	case MAIL_TRANSACTION_ATTRIBUTE_UPDATE:
 		return type;
 	case MAIL_TRANSACTION_EXPUNGE:
 	case MAIL_TRANSACTION_EXPUNGE | MAIL_TRANSACTION_EXPUNGE_PROT:
@@ -135,6 +136,26 @@ void dovetail_log_record_uids(const struct dovetail_log_record *record,
 		     (const void *)expunge_guid < end; expunge_guid++)
 			seq_range_array_add(uids, expunge_guid->uid);
 		break;
+	}
+}
+
+void dovetail_log_record_attributes(const struct dovetail_log_record *record,
+				    ARRAY_TYPE(dovetail_attribute) *attributes)
+{
+	/* "+pKEY" or "-sKEY", each ended by a NUL, and one more at the end;
+	   then times */
+	const char *pos = record->data, *end = pos + record->size;
+	struct dovetail_attribute attribute;
+	size_t len;
+
+	i_zero(&attribute);
+	for (; pos < end && *pos != '\0'; pos += len + 1) {
+		len = strnlen(pos, end - pos);
+		if (len < 3 || pos + len == end)
+			break;
+		attribute.shared = pos[1] == 's';
+		attribute.key = pos + 2;
+		array_push_back(attributes, &attribute);
 	}
 }
 

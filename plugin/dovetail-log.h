@@ -1,7 +1,7 @@
 #ifndef DOVETAIL_LOG_H
 #define DOVETAIL_LOG_H
 
-/* What a mailbox's transaction log says happened to its messages. */
+/* What a mailbox's transaction log says happened to its messages and attributes. */
 
 #include "dovetail-change.h"
 
@@ -9,7 +9,7 @@ struct mail_index;
 struct mail_transaction_header;
 
 /* A record of the log that changes messages, copied: a message was added or is
-   gone, or its flags or keywords changed. */
+   gone, or its flags or keywords changed; or one that changes attributes. */
 struct dovetail_log_record {
 	struct dovetail_log_pos pos;
 	/* enum mail_transaction_type without protection and other flags */
@@ -36,8 +36,12 @@ int dovetail_log_read(struct mail_index *index,
 int dovetail_log_lock(struct mail_index *index);
 void dovetail_log_unlock(struct mail_index *index);
 
-/* Add the UIDs of a record to uids. */
+/* Add the UIDs of a record to uids; one that changes attributes has none. */
 void dovetail_log_record_uids(const struct dovetail_log_record *record,
 			      ARRAY_TYPE(seq_range) *uids);
+/* Add the attributes of a record that changes attributes, without their values,
+   which are not in the log. The keys are the record's. */
+void dovetail_log_record_attributes(const struct dovetail_log_record *record,
+				    ARRAY_TYPE(dovetail_attribute) *attributes);
 
 #endif

@@ -11,9 +11,7 @@
 #include "mail-storage-private.h"
 #include "mail-index-transaction-private.h"
 #include "mail-index-modseq.h"
-#include "mdbox-map-private.h"
-#include "mdbox-storage.h"
-#include "mdbox-storage-rebuild.h"
+#include "mailbox-list-index.h"
 #include "dovetail-compat.h"
 #include "dovetail-name.h"
 #include "dovetail-plugin.h"
@@ -206,31 +204,6 @@ static int dovetail_copy(struct mail_save_context *ctx, struct mail *mail)
 	return 0;
 }
 
-#if !DOVETAIL_DOVECOT_24
-/* Dovecot 2.3: when mdbox finds while syncing that a process died half-way through
-   a commit, it checks its map and rebuilds the storage, which reads all mail of
-   the user; but the map stays marked as just checked, in the file and in memory,
-   and so the next sync rebuilds everything again, and the next. What is called
-   here takes the marks away. (Only where nobody looks at the mailbox: rebuilding
-   throws clients out. They do not stay as long as dovetail-replay, either.) */
-static void dovetail_end_mdbox_rebuilds(struct mailbox *box)
-{
-	struct mdbox_storage *storage;
-
-	if (strcmp(box->storage->name, "mdbox") != 0)
-		return;
-	storage = MDBOX_STORAGE(box->storage);
-	if (storage->map == NULL || storage->rebuilding_storage ||
-	    !mdbox_map_is_fscked(storage->map))
-		return;
-	if (mdbox_storage_rebuild(storage) == 0) {
-		(void)mail_index_reset_fscked(storage->map->index);
-		/* what the map's view shows is asked the next time */
-		(void)mdbox_map_refresh(storage->map);
-	}
-}
-#endif
-
 static int dovetail_sync_deinit(struct mailbox_sync_context *ctx,
 				struct mailbox_sync_status *status_r)
 {
@@ -239,10 +212,8 @@ static int dovetail_sync_deinit(struct mailbox_sync_context *ctx,
 	int ret;
 
 	ret = dbox->module_ctx.super.sync_deinit(ctx, status_r);
-#if !DOVETAIL_DOVECOT_24
 	if (dbox->duser->replaying)
-		dovetail_end_mdbox_rebuilds(box);
-#endif
+		dovetail_mdbox_synced(box);
 	dovetail_capture(box, DOVETAIL_CAPTURE_SYNC);
 	return ret;
 }
@@ -251,6 +222,8 @@ static void dovetail_mailbox_close(struct mailbox *box)
 {
 	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
 
+	if (box->opened)
+		dovetail_mdbox_closing(box);
 	dovetail_capture_close(box);
 	dovetail_mailbox_digest_close(&dbox->digest);
 	array_free(&dbox->hints);
@@ -269,6 +242,25 @@ static struct dovetail_user *mailbox_get_duser(struct mailbox *box)
 	    (box->storage->class_flags & MAIL_STORAGE_CLASS_FLAG_NOQUOTA) != 0)
 		return NULL;
 	return DOVETAIL_USER_CONTEXT(ns->owner);
+}
+
+/* Listing mailboxes brings the list index up to date: locked, it opens new ones for
+   their GUID, and Dovecot would create INBOX and other autocreated ones there. Who
+   creates has locked the list of mailboxes and then wants the list index: a dead-
+   lock, and file_wait_lock() panics in one of the two. They are created later. */
+static int dovetail_mailbox_open(struct mailbox *box)
+{
+	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
+	struct mailbox_list_index *ilist = INDEX_LIST_CONTEXT(box->list);
+
+	if (dbox->module_ctx.super.open(box) == 0)
+		return 0;
+	if (ilist != NULL && ilist->syncing &&
+	    mailbox_get_last_mail_error(box) == MAIL_ERROR_NOTFOUND) {
+		mail_storage_set_error(box->storage, MAIL_ERROR_INUSE,
+				       "The list of mailboxes is being read");
+	}
+	return -1;
 }
 
 static void dovetail_mailbox_allocated(struct mailbox *box)
@@ -291,6 +283,7 @@ static void dovetail_mailbox_allocated(struct mailbox *box)
 	v->save_begin = dovetail_save_begin;
 	v->copy = dovetail_copy;
 	v->sync_deinit = dovetail_sync_deinit;
+	v->open = dovetail_mailbox_open;
 	v->close = dovetail_mailbox_close;
 	dovetail_capture_list_mailbox_allocated(box, v);
 	MODULE_CONTEXT_SET(box, dovetail_mailbox_module, dbox);
@@ -328,6 +321,7 @@ static void dovetail_mailbox_opened(struct mailbox *box)
 	if (dbox == NULL || box->index == NULL)
 		return;
 	dovetail_keep_save_dates(box);
+	dovetail_mdbox_opened(box);
 	if (!dbox->duser->primary || dbox->internal)
 		return;
 	/* Without tracking, a message shows whatever HIGHESTMODSEQ was when a

@@ -3,12 +3,15 @@
 
 /* What the parts of the mail plugin share: its context in each Dovecot object.
    The plugin is capture (dovetail-capture.c), the list's part of it
-   (dovetail-capture-list.c) and the fence (dovetail-fence.c); dovetail-plugin.c
-   wires them to Dovecot's hooks. */
+   (dovetail-capture-list.c), the fence (dovetail-fence.c) and what a rebuilt
+   storage needs (dovetail-mdbox.c); dovetail-plugin.c wires them to Dovecot's
+   hooks. */
 
 #include "module-context.h"
+#include "seq-range-array.h"
 #include "mail-storage-private.h"
 #include "mail-storage-hooks.h"
+#include "dovetail-position.h"
 #include "dovetail-queue-client.h"
 #include "dovetail-settings.h"
 
@@ -19,6 +22,13 @@
 
 /* The service that replays: it may write where nobody else may. */
 #define DOVETAIL_REPLAY_SERVICE "dovetail-replay"
+
+/* Messages that Dovecot put into a mailbox when it rebuilt the storage. */
+struct dovetail_mdbox_found {
+	struct mailbox_list *list;
+	const char *vname;
+	struct seq_range uids;
+};
 
 struct dovetail_user {
 	union mail_user_module_context module_ctx;
@@ -35,6 +45,11 @@ struct dovetail_user {
 	bool replaying;
 	/* something of this user's was not answered with OK: no CLEAN */
 	bool unclean;
+
+	/* a storage of the user's was rebuilt in the sync that is running */
+	bool mdbox_rebuilt;
+	/* only in the replay service */
+	ARRAY(struct dovetail_mdbox_found) mdbox_found;
 };
 
 /* A message that was copied here, for whoever captures it. */
@@ -77,6 +92,11 @@ struct dovetail_mailbox {
 
 	/* NULL when the mailbox is not open, or this node not the primary */
 	struct dovetail_mailbox_digest *digest;
+
+	/* Dovecot opened this box to rebuild it: whose replica it was before
+	   (all zero: nobody's), and what its UIDNEXT was. */
+	uint8_t rebuilt_origin[DOVETAIL_ORIGIN_ID_SIZE];
+	uint32_t rebuilt_uid_next;
 };
 
 extern MODULE_CONTEXT_DEFINE(dovetail_user_module, &mail_user_module_register);
@@ -174,6 +194,17 @@ bool dovetail_plugin_get_role(struct mail_user *user, const char **primary_r,
 
 void dovetail_capture_list_mailbox_allocated(struct mailbox *box,
 					     struct mailbox_vfuncs *v);
+
+/* ---- dovetail-mdbox.c ---- */
+
+/* The box was opened, and is about to be closed: perhaps Dovecot rebuilds the
+   storage. */
+void dovetail_mdbox_opened(struct mailbox *box);
+void dovetail_mdbox_closing(struct mailbox *box);
+/* The replay service synced the box: put right what a rebuild left behind. The
+   index may be another one afterwards, as after the rebuild itself: then the box
+   has to be closed. */
+void dovetail_mdbox_synced(struct mailbox *box);
 
 /* ---- dovetail-fence.c ---- */
 

@@ -22,7 +22,8 @@ struct dovetail_position {
 	   this mailbox */
 	struct dovetail_log_pos applied;
 	/* first bytes of BLAKE2b of the origin's node name: whose log applied
-	   belongs to, or who had the mailbox made (applied is zero then) */
+	   belongs to, or who had the mailbox made, or whose replica it was
+	   when its index was rebuilt (applied is zero then) */
 	uint8_t origin[DOVETAIL_ORIGIN_ID_SIZE];
 };
 

@@ -31,7 +31,8 @@ bool dovetail_queue_acks_alive(const struct dovetail_queue *queue)
 	unsigned int i;
 
 	for (i = 0; i < queue->peers_count; i++) {
-		if (ioloop_time - queue->peers[i].received <=
+		if (queue->peers[i].received != 0 &&
+		    dovetail_monotonic_secs() - queue->peers[i].received <=
 		    DOVETAIL_QUEUE_PEER_ALIVE_SECS)
 			return TRUE;
 	}
@@ -136,8 +137,10 @@ acks_handle_ack(struct dovetail_queue *queue, struct dovetail_queue_peer *peer,
 		.seq = log->sent.seq,
 	};
 
-	if (head->time_usecs <= ps->report_usecs) {
-		/* read before, or Redis shows us an old one */
+	if (head->time_usecs <= ps->report_usecs &&
+	    dovetail_queue_id_cmp(&applied, &ps->applied) <= 0) {
+		/* Read before, or Redis shows us an old one. With a new
+		   position, the replica's clock was set back. */
 		return;
 	}
 	if (dovetail_queue_id_cmp(&applied, &sent) > 0) {
@@ -148,12 +151,13 @@ acks_handle_ack(struct dovetail_queue *queue, struct dovetail_queue_peer *peer,
 			"but the last one is %"PRIu64"-%"PRIu64,
 			applied.generation, applied.seq, log->shard,
 			sent.generation, sent.seq));
+		dovetail_queue_log_behind(log, applied.generation);
 		return;
 	}
 	/* A clock that was ahead and is right again must not silence the
 	   replica until the time has come. */
 	ps->report_usecs = I_MIN(head->time_usecs, dovetail_queue_now_usecs());
-	ps->received = peer->received = ioloop_time;
+	ps->received = peer->received = dovetail_monotonic_secs();
 	peer->heard_msecs = dovetail_monotonic_msecs();
 	ps->entries = ack->entries;
 	ps->rejected = ack->rejected;

@@ -11,7 +11,6 @@
 #include "dovetail-queue-client.h"
 
 #include <poll.h>
-#include <time.h>
 #include <unistd.h>
 
 struct queue_answer {
@@ -55,15 +54,6 @@ struct dovetail_queue_client {
 };
 
 static struct dovetail_queue_client *queue_clients = NULL;
-
-uint64_t dovetail_monotonic_usecs(void)
-{
-	struct timespec ts;
-
-	if (clock_gettime(CLOCK_MONOTONIC, &ts) < 0)
-		return 0;
-	return (uint64_t)ts.tv_sec * 1000000 + ts.tv_nsec / 1000;
-}
 
 static void
 queue_batch_answered(struct dovetail_queue_batch *batch,
@@ -113,11 +103,19 @@ static void queue_client_disconnect(struct dovetail_queue_client *client,
 	hash_table_clear(client->marked, TRUE);
 }
 
+static int queue_client_poll(struct dovetail_queue_client *client, bool out,
+			     uint64_t deadline);
+static int queue_client_input(struct dovetail_queue_client *client);
+
 static int queue_client_connect(struct dovetail_queue_client *client,
 				const char **error_r)
 {
 	size_t offset;
 
+	/* Has the queue caught up meanwhile? Once the next frame is sent,
+	   there is always something it has not answered. */
+	if (client->late && queue_client_poll(client, FALSE, 0) > 0)
+		(void)queue_client_input(client);
 	if (client->fd != -1) {
 		if (client->uid == geteuid())
 			return 0;

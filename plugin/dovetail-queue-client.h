@@ -9,12 +9,10 @@
    A deadline is a time as dovetail_monotonic_usecs() gives it; 0: do not wait
    at all. */
 
+#include "dovetail-clock.h"
 #include "dovetail-frame.h"
 
 struct dovetail_queue_client;
-
-/* Microseconds of a clock that nobody sets. */
-uint64_t dovetail_monotonic_usecs(void);
 
 /* Changes whose answers are waited for together. Zero it before the first
    use; it must stay until outstanding is 0 or the batch was cancelled. */

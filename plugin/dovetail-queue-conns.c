@@ -193,7 +193,7 @@ static bool conn_input_must_wait(struct dovetail_queue_conn *conn)
 		return FALSE;
 	if (queue->input_first == NULL) {
 		queue->input_first = conn;
-		queue->input_first_since = ioloop_time;
+		queue->input_first_since = dovetail_monotonic_secs();
 	}
 	return queue->input_first != conn;
 }
@@ -488,13 +488,14 @@ conn_queue_change(struct dovetail_queue_conn *conn,
 						       &position, &group);
 	}
 	if (known == DOVETAIL_QUEUE_KNOWN_STORED) {
-		if (waiter->level == DOVETAIL_ACK_APPLIED)
-			dovetail_queue_log_wait_applied(log, waiter);
-		else {
+		if (waiter->level != DOVETAIL_ACK_APPLIED) {
 			dovetail_queue_waiter_answer(&waiter,
 						     DOVETAIL_REPLY_OK, "");
+			return;
 		}
-		return;
+		/* whether it could be applied is not known any more: ask, with
+		   the same change again */
+		have_position = FALSE;
 	}
 	reason = dovetail_queue_log_unavailable(log);
 	if (reason != NULL) {
@@ -1137,7 +1138,8 @@ void dovetail_queue_conns_tick(struct dovetail_queue *queue)
 	struct dovetail_queue_conn *conn = queue->input_first;
 
 	if (conn == NULL || conn->halted ||
-	    ioloop_time - queue->input_first_since < CONN_INPUT_FIRST_SECS)
+	    dovetail_monotonic_secs() - queue->input_first_since <
+	    CONN_INPUT_FIRST_SECS)
 		return;
 	e_error(conn->event, "Client does not send the rest of what it began, "
 		"and others wait for that: Disconnecting");

@@ -83,7 +83,6 @@ health_to(struct dovetail_queue *queue, const struct dovetail_queue_peer *peer,
 	rpeer->to.heard_msecs = dovetail_monotonic_msecs() -
 		(rpeer->to.seen ? peer->heard_msecs : queue->started_msecs);
 	rpeer->to.rejected = peer->bad_reports;
-	rpeer->to.error = "";
 	for (i = 0; i < queue->logs_count; i++) {
 		const struct dovetail_queue_peer_shard *ps = &peer->shards[i];
 
@@ -100,8 +99,6 @@ health_to(struct dovetail_queue *queue, const struct dovetail_queue_peer *peer,
 		rpeer->to.position += ps->applied.generation + ps->applied.seq;
 		rpeer->to.rejected += ps->rejected;
 		health_to_troubles(ps, report, &rpeer->to.troubles);
-		if (ps->error != NULL)
-			rpeer->to.error = ps->error;
 	}
 }
 
@@ -172,9 +169,6 @@ static void health_from(const char *const *fields, uint64_t age_msecs,
 	value = fields_get(fields, "stuck");
 	if (*value != '\0')
 		rpeer->from.stuck = value;
-	value = fields_get(fields, "error");
-	if (*value != '\0')
-		rpeer->from.error = value;
 	rpeer->from.troubles.lacking += fields_get_num(fields, "lacking");
 	rpeer->from.troubles.failing += fields_get_num(fields, "failing");
 	rpeer->from.troubles.differing += fields_get_num(fields, "differing");
@@ -248,7 +242,6 @@ static void health_report(struct dovetail_queue *queue,
 		health_to(queue, &queue->peers[i], report_r, rpeer);
 		rpeer->from.shards_missing = queue->logs_count;
 		rpeer->from.redis_error = rpeer->from.stuck = "";
-		rpeer->from.error = "";
 	}
 	report_r->verified_time = UINT64_MAX;
 	dovetail_queue_conns_reports(queue, health_from, report_r);

@@ -67,7 +67,7 @@ static void log_set_state(struct dovetail_queue_log *log,
 	/* since when it is READY, or not READY */
 	if ((log->state == DOVETAIL_QUEUE_LOG_READY) !=
 	    (state == DOVETAIL_QUEUE_LOG_READY))
-		log->state_since = ioloop_timeval;
+		log->state_since = dovetail_monotonic_usecs();
 	log->state = state;
 }
 
@@ -80,7 +80,6 @@ static struct dovetail_queue_group *group_new(struct dovetail_queue_log *log)
 	group = i_new(struct dovetail_queue_group, 1);
 	group->log = log;
 	group->payload = buffer_create_dynamic(default_pool, 1024);
-	group->created = ioloop_timeval;
 	i_array_init(&group->positions, 4);
 	return group;
 }
@@ -240,9 +239,16 @@ ack_has_failed(const struct dovetail_ack *ack,
 	unsigned int i;
 
 	for (i = 0; i < ack->failed_count; i++) {
-		if (ack->failed[i].generation == waiter->id.generation &&
-		    ack->failed[i].seq == waiter->id.seq &&
-		    ack->failed[i].ordinal == waiter->ordinal)
+		const struct dovetail_ack_failed *failed = &ack->failed[i];
+		struct dovetail_queue_id id = {
+			.generation = failed->generation,
+			.seq = failed->seq,
+		};
+		int ret = dovetail_queue_id_cmp(&waiter->id, &id);
+
+		if (failed->ordinal == DOVETAIL_ACK_UP_TO ? ret <= 0 :
+		    ret == 0 && (waiter->ordinal == UINT_MAX ||
+				 waiter->ordinal == failed->ordinal))
 			return TRUE;
 	}
 	return FALSE;
@@ -299,8 +305,8 @@ static void log_trim(struct dovetail_queue_log *log)
 	if (log->state != DOVETAIL_QUEUE_LOG_READY ||
 	    log->trimmable_bytes == 0 ||
 	    (log->trimmable_bytes < TRIM_NOW_BYTES &&
-	     timeval_diff_msecs(&ioloop_timeval, &log->last_trim) <
-	     TRIM_INTERVAL_MSECS))
+	     dovetail_monotonic_usecs() - log->last_trim <
+	     TRIM_INTERVAL_MSECS * 1000ULL))
 		return;
 
 	minid.seq++;
@@ -308,7 +314,7 @@ static void log_trim(struct dovetail_queue_log *log)
 	if (dovetail_queue_id_cmp(&minid, &last) > 0)
 		minid = last;
 	log->trimmable_bytes = 0;
-	log->last_trim = ioloop_timeval;
+	log->last_trim = dovetail_monotonic_usecs();
 	if (dovetail_queue_id_cmp(&minid, &log->trimmed) <= 0)
 		return;
 	log->trimmed = minid;
@@ -366,22 +372,13 @@ static void applied_add(struct dovetail_queue_log *log,
 			const struct dovetail_queue_id *id)
 {
 	waiter->id = *id;
-	waiter->stored_time = ioloop_time;
+	waiter->stored_secs = dovetail_monotonic_secs();
 	if (waiter_is_applied(log, waiter)) {
 		dovetail_queue_waiter_answer(&waiter, DOVETAIL_REPLY_OK, "");
 		return;
 	}
 	DLLIST2_APPEND(&log->applied_head, &log->applied_tail, waiter);
 	log->applied_count++;
-}
-
-void dovetail_queue_log_wait_applied(struct dovetail_queue_log *log,
-				     struct dovetail_queue_waiter *waiter)
-{
-	struct dovetail_queue_id id = chain_id(&log->stored);
-
-	waiter->ordinal = UINT_MAX;
-	applied_add(log, waiter, &id);
 }
 
 /* ---- sending ---- */
@@ -534,7 +531,7 @@ static void group_send(struct dovetail_queue_group *group)
 	group->time_usecs = head.time_usecs;
 	group->entry_size = queue->entry_buf->used;
 	group->ticks = 0;
-	log->last_append = ioloop_time;
+	log->last_append = dovetail_monotonic_secs();
 
 	if (log_write_state(log) < 0) {
 		/* Without it a restart could use this number twice. */
@@ -641,6 +638,23 @@ static void log_new_generation(struct dovetail_queue_log *log)
 	log->sent.seq = 0;
 	memcpy(log->sent.hash, log->stored.hash, sizeof(log->sent.hash));
 	log->stored = log->sent;
+}
+
+/* Our state, what Redis had, and the time that a generation is made of are lost: a
+   machine without power. The peer waits for entries behind the one it has, and
+   would not see ours. If something is on its way, its next report comes soon. */
+void dovetail_queue_log_behind(struct dovetail_queue_log *log,
+			       uint64_t generation)
+{
+	if (generation >= GENERATION_MAX ||
+	    generation < log->sent.generation || log->inflight != NULL ||
+	    log->state != DOVETAIL_QUEUE_LOG_READY)
+		return;
+	e_warning(log->event, "A replica has entries of generation "
+		  "%"PRIu64", which is not known here: Starting a new one",
+		  generation);
+	log->sent.generation = generation;
+	log_new_generation(log);
 }
 
 static void log_sync_surprise(struct dovetail_queue_log *log)
@@ -961,8 +975,8 @@ const char *dovetail_queue_log_unavailable(struct dovetail_queue_log *log)
 	const char *error;
 
 	if (log->state != DOVETAIL_QUEUE_LOG_READY) {
-		if (timeval_diff_msecs(&ioloop_timeval, &log->state_since) <
-		    DOVETAIL_QUEUE_GRACE_MSECS)
+		if (dovetail_monotonic_usecs() - log->state_since <
+		    DOVETAIL_QUEUE_GRACE_MSECS * 1000ULL)
 			return NULL;
 		error = queue->redis == NULL ? NULL :
 			dovetail_redis_last_error(queue->redis);
@@ -998,6 +1012,7 @@ static void log_heartbeat(struct dovetail_queue_log *log)
 	struct dovetail_queue *queue = log->queue;
 	struct dovetail_queue_group *group;
 	struct dovetail_change change;
+	time_t now = dovetail_monotonic_secs();
 	buffer_t *buf;
 	unsigned int i, secs = DOVETAIL_QUEUE_HEARTBEAT_ALONE_SECS;
 
@@ -1005,12 +1020,13 @@ static void log_heartbeat(struct dovetail_queue_log *log)
 	    queue->stopping)
 		return;
 	for (i = 0; i < queue->peers_count; i++) {
-		if (ioloop_time - queue->peers[i].received < (time_t)secs) {
+		if (queue->peers[i].received != 0 &&
+		    now - queue->peers[i].received < (time_t)secs) {
 			secs = DOVETAIL_QUEUE_HEARTBEAT_SECS;
 			break;
 		}
 	}
-	if (ioloop_time - log->last_append < (time_t)secs)
+	if (now - log->last_append < (time_t)secs)
 		return;
 
 	i_zero(&change);
@@ -1031,9 +1047,10 @@ static void log_heartbeat(struct dovetail_queue_log *log)
 static void log_applied_expire(struct dovetail_queue_log *log)
 {
 	struct dovetail_queue_waiter *waiter;
+	time_t now = dovetail_monotonic_secs();
 
 	while ((waiter = log->applied_head) != NULL &&
-	       ioloop_time - waiter->stored_time > APPLIED_WAIT_MAX_SECS) {
+	       now - waiter->stored_secs > APPLIED_WAIT_MAX_SECS) {
 		DLLIST2_REMOVE(&log->applied_head, &log->applied_tail, waiter);
 		log->applied_count--;
 		dovetail_queue_waiter_answer(&waiter,
@@ -1090,8 +1107,8 @@ int dovetail_queue_log_init(struct dovetail_queue *queue,
 				   queue->set.node, shard);
 	log->backlog =
 		dovetail_queue_backlog_init(DOVETAIL_QUEUE_BACKLOG_RUNS);
-	log->state_since = ioloop_timeval;
-	log->last_append = ioloop_time;
+	log->state_since = dovetail_monotonic_usecs();
+	log->last_append = dovetail_monotonic_secs();
 
 	path = t_strdup_printf("%s/log.%u", queue->set.state_dir, shard);
 	if (dovetail_queue_state_open(path, &log->state_file, &state,

@@ -21,6 +21,7 @@
    was answered; what comes in the meantime makes the next group. While Redis
    answers, a change waits for nothing but this. */
 
+#include "dovetail-clock.h"
 #include "dovetail-frame.h"
 #include "dovetail-health-report.h"
 #include "dovetail-keyring.h"
@@ -89,11 +90,12 @@ struct dovetail_queue_user {
 	bool again;
 	/* who sweeps the user now, or NULL */
 	struct dovetail_queue_conn *worker;
-	/* when to sweep, if dirty */
+	/* when to sweep, if dirty: dovetail_monotonic_usecs() */
 	uint64_t due_usecs;
 	unsigned int retry_secs;
 	/* dovetail_monotonic_msecs() */
 	uint64_t dirty_msecs;
+	/* dovetail_monotonic_secs() */
 	time_t idle_since;
 	/* a literal */
 	const char *reason;
@@ -114,14 +116,14 @@ struct dovetail_queue_waiter {
 	enum dovetail_ack_level level;
 	size_t frame_size;
 
-	/* the change's number in its group; UINT_MAX for one that was queued
-	   already */
+	/* the change's number in its group; UINT_MAX: one of them */
 	unsigned int ordinal;
 	/* Applied list: the entry it is in, and the peers (bits) that reported
 	   they could not apply it. */
 	struct dovetail_queue_id id;
 	uint64_t failed_peers;
-	time_t stored_time;
+	/* dovetail_monotonic_secs() */
+	time_t stored_secs;
 	/* the mailboxes have what the change says: if it does not get through,
 	   they are to be read again */
 	bool sweep;
@@ -136,7 +138,6 @@ struct dovetail_queue_group {
 	unsigned int changes;
 	ARRAY_TYPE(dovetail_queue_position_change) positions;
 	struct dovetail_queue_waiter *waiters_head, *waiters_tail;
-	struct timeval created;
 
 	/* sent: */
 	unsigned int ticks;
@@ -164,7 +165,8 @@ struct dovetail_queue_log {
 	unsigned int shard;
 	char *key;
 	enum dovetail_queue_log_state state;
-	struct timeval state_since;
+	/* dovetail_monotonic_usecs() */
+	uint64_t state_since;
 
 	struct dovetail_queue_state_file state_file;
 	/* the last entry sealed */
@@ -188,11 +190,13 @@ struct dovetail_queue_log {
 	char *trim_error;
 
 	struct dovetail_queue_backlog *backlog;
+	/* dovetail_monotonic_secs() */
 	time_t last_append;
 	/* entries before this are gone from the stream, or being so */
 	struct dovetail_queue_id trimmed;
 	uint64_t trimmable_bytes;
-	struct timeval last_trim;
+	/* dovetail_monotonic_usecs() */
+	uint64_t last_trim;
 
 	/* dirty users who are not being swept, those due first in front */
 	struct priorityq *dirty;
@@ -238,7 +242,7 @@ struct dovetail_queue_peer {
 	/* its bit in failed_peers */
 	unsigned int idx;
 	struct dovetail_queue_peer_shard *shards;
-	/* any report; 0: never */
+	/* any report: dovetail_monotonic_secs(); 0: never */
 	time_t received;
 	/* the same, dovetail_monotonic_msecs() */
 	uint64_t heard_msecs;
@@ -304,6 +308,7 @@ struct dovetail_queue {
 	size_t pending_bytes, input_bytes;
 	/* too many half frames: the one that may go on */
 	struct dovetail_queue_conn *input_first;
+	/* dovetail_monotonic_secs() */
 	time_t input_first_since;
 	/* connections that are not read now */
 	unsigned int halted_count;
@@ -350,14 +355,13 @@ void dovetail_queue_log_append(struct dovetail_queue_log *log,
 			       struct dovetail_queue_waiter *waiter);
 /* Send the next group, if it may go. Call after the last append of a read. */
 void dovetail_queue_log_kick(struct dovetail_queue_log *log);
-/* The waiter's change is queued already, in the past: wait for a replica to have
-   all there is now. */
-void dovetail_queue_log_wait_applied(struct dovetail_queue_log *log,
-				     struct dovetail_queue_waiter *waiter);
 /* A peer reported. failed are the changes it could not apply. */
 void dovetail_queue_log_applied(struct dovetail_queue_log *log,
 				struct dovetail_queue_peer *peer,
 				const struct dovetail_ack *ack);
+/* A peer has an entry of this generation that we know nothing of. */
+void dovetail_queue_log_behind(struct dovetail_queue_log *log,
+			       uint64_t generation);
 /* Nothing of the log is on its way. */
 bool dovetail_queue_log_is_idle(const struct dovetail_queue_log *log);
 

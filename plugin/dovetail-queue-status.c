@@ -93,6 +93,7 @@ status_peer_connection(struct dovetail_queue *queue,
 		       const struct dovetail_queue_peer *peer)
 {
 	const char *error = dovetail_queue_redis_error(queue);
+	time_t secs;
 
 	if (error != NULL)
 		return error;
@@ -100,9 +101,10 @@ status_peer_connection(struct dovetail_queue *queue,
 		return "the queue is full";
 	if (peer->received == 0)
 		return "never seen";
-	if (ioloop_time - peer->received > DOVETAIL_QUEUE_PEER_ALIVE_SECS) {
+	secs = dovetail_monotonic_secs() - peer->received;
+	if (secs > DOVETAIL_QUEUE_PEER_ALIVE_SECS) {
 		return t_strdup_printf("no ack since %s s",
-			dec2str(ioloop_time - peer->received));
+				       dec2str(secs));
 	}
 	return "ok";
 }

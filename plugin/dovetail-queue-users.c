@@ -68,7 +68,7 @@ static void user_set_idle(struct dovetail_queue_user *user, bool idle)
 		DLLIST2_REMOVE(&queue->idle_head, &queue->idle_tail, user);
 		return;
 	}
-	user->idle_since = ioloop_time;
+	user->idle_since = dovetail_monotonic_secs();
 	DLLIST2_APPEND(&queue->idle_head, &queue->idle_tail, user);
 }
 
@@ -156,7 +156,7 @@ static void user_set_due(struct dovetail_queue_user *user,
 	if (user->due)
 		priorityq_remove(dirty, &user->item);
 	user->due = TRUE;
-	user->due_usecs = dovetail_queue_now_usecs() +
+	user->due_usecs = dovetail_monotonic_usecs() +
 		(uint64_t)delay_msecs * 1000;
 	priorityq_add(dirty, &user->item);
 }
@@ -165,7 +165,7 @@ void dovetail_queue_user_set_dirty(struct dovetail_queue_user *user,
 				   unsigned int delay_msecs,
 				   const char *reason)
 {
-	uint64_t due_usecs = dovetail_queue_now_usecs() +
+	uint64_t due_usecs = dovetail_monotonic_usecs() +
 		(uint64_t)delay_msecs * 1000;
 
 	if (!user->dirty) {
@@ -233,7 +233,7 @@ void dovetail_queue_users_work(struct dovetail_queue *queue)
 	struct dovetail_queue_conn *worker;
 	struct dovetail_queue_user *user;
 	struct dovetail_queue_log *log;
-	uint64_t now = dovetail_queue_now_usecs();
+	uint64_t now = dovetail_monotonic_usecs();
 	unsigned int i;
 
 	if (queue->dirty_count == 0 || queue->stopping)
@@ -262,9 +262,10 @@ void dovetail_queue_users_work(struct dovetail_queue *queue)
 void dovetail_queue_users_tick(struct dovetail_queue *queue)
 {
 	struct dovetail_queue_user *user;
+	time_t now = dovetail_monotonic_secs();
 
 	while ((user = queue->idle_head) != NULL &&
-	       ioloop_time - user->idle_since >= MARK_FILE_KEEP_SECS) {
+	       now - user->idle_since >= MARK_FILE_KEEP_SECS) {
 		user_set_idle(user, FALSE);
 		user_remove_mark(user);
 		dovetail_queue_user_release(user);

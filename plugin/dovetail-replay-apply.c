@@ -272,11 +272,24 @@ static bool change_is_question(const struct dovetail_change *change)
 		change->kind == DOVETAIL_CHANGE_COMPARE;
 }
 
+static const char *change_mailbox(const struct dovetail_change *change)
+{
+	switch (change->kind) {
+	case DOVETAIL_CHANGE_MAILBOX:
+		return change->u.mailbox.name;
+	case DOVETAIL_CHANGE_LIST:
+		return change->u.list.name;
+	default:
+		return NULL;
+	}
+}
+
 static enum replay_result
 apply_opened(struct replay_user *user, const char *origin,
 	     const struct dovetail_change *change, const char **error_r)
 {
-	const char *primary;
+	const char *primary, *mailbox = change_mailbox(change);
+	enum replay_result result;
 	bool is_primary;
 	int ret;
 
@@ -297,7 +310,14 @@ apply_opened(struct replay_user *user, const char *origin,
 			"%s, %s is", origin, change->user, primary);
 		return REPLAY_FAILED;
 	}
-	return apply_to_replica(user, origin, change, error_r);
+	result = apply_to_replica(user, origin, change, error_r);
+	if (result == REPLAY_FAILED) {
+		*error_r = t_strdup_printf("User %s%s%s: %s", change->user,
+					   mailbox == NULL ? "" : " mailbox ",
+					   mailbox == NULL ? "" : mailbox,
+					   *error_r);
+	}
+	return result;
 }
 
 enum replay_result

@@ -13,8 +13,9 @@
    replay_rebuild() puts them where they belong and takes out what only we have.
 
    One repair per mailbox at a time, with a rest after it: what does not become equal
-   is tried again now and then, not in a loop. Nothing of this is kept in files: after
-   a restart the next digest shows what differs. */
+   is tried again now and then, not in a loop, and at last left to the next digest and
+   the round. Which mailboxes wait for their repair is kept in a file (struct
+   replay_file), so that a restart does not forget it. */
 
 #include "lib.h"
 #include "array.h"
@@ -24,12 +25,14 @@
 #include "randgen.h"
 #include "seq-range-array.h"
 #include "str.h"
-#include "time-util.h"
 #include "mail-storage-private.h"
 #include "mail-index-private.h"
+#include "dovetail-attribute.h"
+#include "dovetail-clock.h"
 #include "dovetail-mailbox-digest.h"
 #include "dovetail-position.h"
 #include "dovetail-replay.h"
+#include "dovetail-seal.h"
 
 /* The first question cuts the mailbox into so many ranges. */
 #define COMPARE_SPLIT 16
@@ -40,6 +43,9 @@
 #define COMPARE_RETRY_MAX_SECS 300
 /* Digests come faster than repairs: leave a mailbox alone after one. */
 #define COMPARE_REST_SECS 60
+/* ... and longer, doubling, after a repair that failed. So many tries in all. */
+#define COMPARE_REST_MAX_SECS 480
+#define COMPARE_TRIES_MAX 10
 /* A mailbox is compared again after its repair, so many times. */
 #define COMPARE_PASSES_MAX 3
 /* Messages that are read in one go: others wait. */
@@ -79,6 +85,8 @@ struct compare {
 	/* where reading goes on; DEEP: all messages, once */
 	uint32_t read_uid;
 	bool deep_done;
+	/* the attributes were compared in this pass */
+	bool attributes_done;
 
 	/* ranges to ask about, those in the open question first */
 	ARRAY_TYPE(dovetail_range) todo;
@@ -90,8 +98,14 @@ struct compare {
 	ARRAY_TYPE(seq_range) rebuild;
 	/* the primary's, as it said last */
 	uint32_t uid_next;
-	/* a difference was found while we rested */
+	/* a difference was found while we rested, or is still there */
 	bool again;
+	/* repairs that failed, one after another */
+	unsigned int failures;
+	/* it is in the file */
+	bool kept;
+	/* it was in the file when this process began */
+	bool resumed;
 	/* changes came that could not be applied, and were not asked for */
 	bool gap;
 
@@ -104,8 +118,10 @@ struct compare {
 };
 
 static ARRAY(struct compare *) compares;
+static struct replay_file compare_file;
 static struct timeout *to_compare;
-static struct timeval compare_due;
+/* dovetail_monotonic_usecs() */
+static uint64_t compare_due;
 
 static void compare_run(void *context);
 static void compare_begin(struct compare *c, struct replay_user *user);
@@ -116,8 +132,6 @@ static struct compare *compare_find(const char *user, const guid_128_t guid)
 {
 	struct compare *c;
 
-	if (!array_is_created(&compares))
-		return NULL;
 	array_foreach_elem(&compares, c) {
 		if (guid_128_equals(c->guid, guid) &&
 		    strcmp(c->user, user) == 0)
@@ -142,6 +156,7 @@ static void compare_clear(struct compare *c)
 	c->asked_count = 0;
 	c->differences = 0;
 	c->uid_next = 0;
+	c->attributes_done = FALSE;
 	c->repaired = FALSE;
 }
 
@@ -165,20 +180,47 @@ void replay_compare_deinit(void)
 	struct compare *c;
 
 	timeout_remove(&to_compare);
-	if (!array_is_created(&compares))
-		return;
 	array_foreach_elem(&compares, c)
 		compare_free(c);
 	array_free(&compares);
+	replay_file_close(&compare_file);
+}
+
+static bool compare_waits_for_repair(const struct compare *c)
+{
+	return c->state == COMPARE_RESTING ? c->again :
+		(c->flags & DOVETAIL_VERIFY_REPAIR) != 0;
+}
+
+static void compare_save(void)
+{
+	string_t *str = t_str_new(256);
+	struct compare *c;
+
+	array_foreach_elem(&compares, c) {
+		c->kept = compare_waits_for_repair(c);
+		if (c->kept) {
+			replay_file_add(str, c->user, c->origin, c->guid,
+					c->path);
+		}
+	}
+	replay_file_write(&compare_file, str);
+}
+
+/* After each change of what compare_waits_for_repair() looks at. */
+static void compare_keep(const struct compare *c)
+{
+	if (compare_waits_for_repair(c) != c->kept) T_BEGIN {
+		compare_save();
+	} T_END;
 }
 
 /* Look at all in msecs at the latest. */
 static void compare_schedule(unsigned int msecs)
 {
-	struct timeval due = ioloop_timeval;
+	uint64_t due = dovetail_monotonic_usecs() + msecs * 1000ULL;
 
-	timeval_add_msecs(&due, msecs);
-	if (to_compare != NULL && timeval_cmp(&due, &compare_due) >= 0)
+	if (to_compare != NULL && due >= compare_due)
 		return;
 	timeout_remove(&to_compare);
 	to_compare = replay_timeout_add(msecs, compare_run, NULL);
@@ -217,7 +259,7 @@ compare_note(struct compare *c, const char *fmt, ...)
 static void compare_set_state(struct compare *c, enum compare_state state)
 {
 	c->state = state;
-	c->asked = ioloop_time;
+	c->asked = dovetail_monotonic_secs();
 	c->retry_secs = COMPARE_RETRY_MIN_SECS;
 }
 
@@ -271,6 +313,8 @@ static void compare_tell_health(struct compare *c)
 
 static void compare_finish(struct compare *c)
 {
+	unsigned int rest_secs = COMPARE_REST_SECS;
+
 	compare_tell_health(c);
 	if (c->verify_number != 0) T_BEGIN {
 		compare_answer(c);
@@ -287,10 +331,19 @@ static void compare_finish(struct compare *c)
 		replay_wanted_add(c->user, c->origin, c->guid, c->path, 1,
 				  "Changes came while it was repaired");
 	}
+	c->resumed = FALSE;
+	c->failures = (c->flags & DOVETAIL_VERIFY_REPAIR) != 0 &&
+		(c->error != NULL || c->differences > 0) ? c->failures + 1 : 0;
+	if (c->failures > 0 && c->failures < COMPARE_TRIES_MAX) {
+		c->again = TRUE;
+		rest_secs = I_MIN(rest_secs << (c->failures - 1),
+				  COMPARE_REST_MAX_SECS);
+	}
 	compare_clear(c);
 	c->flags = 0;
-	c->rest_until = ioloop_time + COMPARE_REST_SECS;
+	c->rest_until = dovetail_monotonic_secs() + rest_secs;
 	compare_set_state(c, COMPARE_RESTING);
+	compare_keep(c);
 }
 
 static void ATTR_FORMAT(2, 3)
@@ -307,10 +360,42 @@ compare_fail(struct compare *c, const char *fmt, ...)
 	compare_finish(c);
 }
 
+/* Its mailbox is not here. It was deleted; or it lost its GUID with its index, when a
+   process died in the middle of the repair. */
+static void compare_gone(struct compare *c)
+{
+	guid_128_t all;
+
+	if (c->resumed) {
+		guid_128_empty(all);
+		replay_wanted_add(c->user, c->origin, all, "", 0,
+				  "A mailbox whose repair was interrupted is "
+				  "not here");
+	}
+	c->differences = 0;
+	replay_trouble_clear(c->user, c->guid);
+	c->failures = COMPARE_TRIES_MAX;
+	compare_fail(c, "It is not here");
+}
+
 /* ---- what is here ---- */
 
-/* Returns 1: user and box are open.  0: there is no such mailbox.  -1: failed and
-   finished. In the latter two user is released. */
+/* Returns 1, or 0: finished, it is not here or cannot be opened. */
+static int compare_find_box(struct compare *c, struct replay_user *user,
+			    struct mailbox **box_r)
+{
+	const char *error;
+	int ret;
+
+	ret = replay_user_find_mailbox(user, c->guid, c->path, box_r, &error);
+	if (ret < 0)
+		compare_fail(c, "%s", error);
+	else if (ret == 0)
+		compare_gone(c);
+	return ret > 0 ? 1 : 0;
+}
+
+/* Returns 1: user and box are open.  0: finished, as above, and user released. */
 static int compare_open(struct compare *c, struct replay_user **user_r,
 			struct mailbox **box_r)
 {
@@ -319,17 +404,15 @@ static int compare_open(struct compare *c, struct replay_user **user_r,
 
 	if (replay_user_open(c->user, user_r, &error) < 0) {
 		compare_fail(c, "%s", error);
-		return -1;
+		return 0;
 	}
-	ret = replay_user_find_mailbox(*user_r, c->guid, c->path, box_r,
-				       &error);
+	ret = compare_find_box(c, *user_r, box_r);
 	if (ret > 0 && mailbox_sync(*box_r, 0) < 0) {
-		error = mailbox_get_last_internal_error(*box_r, NULL);
-		ret = -1;
+		compare_fail(c, "%s",
+			     mailbox_get_last_internal_error(*box_r, NULL));
+		ret = 0;
 	}
-	if (ret < 0)
-		compare_fail(c, "%s", error);
-	if (ret <= 0)
+	if (ret == 0)
 		replay_user_release(user_r);
 	return ret;
 }
@@ -401,7 +484,7 @@ static void compare_ask(struct compare *c, struct replay_user *user,
 	}
 	if (c->state != COMPARE_ASKED)
 		compare_set_state(c, COMPARE_ASKED);
-	c->asked = ioloop_time;
+	c->asked = dovetail_monotonic_secs();
 	if (replay_queue_change(&change, &error) < 0) {
 		e_warning(replay.event, "User %s: Cannot ask %s: %s", c->user,
 			  c->origin, error);
@@ -413,14 +496,9 @@ static void compare_begin(struct compare *c, struct replay_user *user)
 	struct dovetail_mailbox_digest *md;
 	struct dovetail_digest digest;
 	struct mailbox *box;
-	const char *error;
-	int ret;
 
-	ret = replay_user_find_mailbox(user, c->guid, c->path, &box, &error);
-	if (ret <= 0) {
-		compare_fail(c, "%s", ret == 0 ? "It is not here" : error);
+	if (compare_find_box(c, user, &box) == 0)
 		return;
-	}
 	md = replay_user_mailbox_digest(user, box);
 	if (((c->flags & DOVETAIL_VERIFY_DEEP) != 0 && !c->deep_done) ||
 	    !dovetail_mailbox_digest_now(md, &digest)) {
@@ -444,13 +522,9 @@ static void compare_read(struct compare *c)
 	const char *error;
 	unsigned int lacking = 1;
 	bool unreadable = FALSE;
-	int ret;
 
-	if ((ret = compare_open(c, &user, &box)) <= 0) {
-		if (ret == 0)
-			compare_fail(c, "It is not here");
+	if (compare_open(c, &user, &box) == 0)
 		return;
-	}
 	md = replay_user_mailbox_digest(user, box);
 	t_array_init(&changed, 8);
 	if ((c->flags & DOVETAIL_VERIFY_DEEP) != 0 && !c->deep_done) {
@@ -621,6 +695,7 @@ static void compare_ranges(struct compare *c, struct replay_user *user,
 	const struct dovetail_range *there;
 	struct dovetail_digest digest;
 	struct dovetail_range here;
+	unsigned int count = 0;
 
 	(void)dovetail_mailbox_digest_now(md, &digest);
 	view = dovetail_mailbox_digest_view(md);
@@ -631,9 +706,10 @@ static void compare_ranges(struct compare *c, struct replay_user *user,
 		    here.count == there->count &&
 		    dovetail_sum_equals(&here.sum, &there->sum))
 			continue;
-		if (here.count > 0)
-			array_push_back(&c->todo, &here);
-		else {
+		if (here.count > 0) {
+			/* before the ranges that were not asked about yet */
+			array_insert(&c->todo, count++, &here, 1);
+		} else {
 			compare_note(c, there->count == 1 ?
 				     "UID %u..%u: %u message not on %s" :
 				     "UID %u..%u: %u messages not on %s",
@@ -643,6 +719,47 @@ static void compare_ranges(struct compare *c, struct replay_user *user,
 			seq_range_array_add_range(&c->fetch, there->uid1,
 						  there->uid2);
 		}
+	}
+}
+
+/* What goes wrong with them is one more difference, and does not keep messages from
+   being repaired. */
+static void compare_attributes(struct compare *c, struct mailbox *box,
+			       const struct dovetail_change_compared *compared)
+{
+	ARRAY_TYPE(dovetail_attribute) differences;
+	const struct dovetail_attribute *attribute;
+	struct dovetail_attribute here;
+	const char *error, *ignored;
+	int ret;
+
+	if (!compared->with_attributes || c->attributes_done)
+		return;
+	c->attributes_done = TRUE;
+	t_array_init(&differences, 8);
+	ret = replay_attributes_compare(box, &compared->attributes,
+					&differences, &error);
+	array_foreach(&differences, attribute) {
+		here = *attribute;
+		if (dovetail_attribute_get(box, &box->v, &here, &ignored) <= 0)
+			here.value = NULL;
+		compare_note(c, "Attribute /%s/%s: %s %s",
+			     attribute->shared ? "shared" : "private",
+			     attribute->key,
+			     attribute->value == NULL ? "only on" :
+			     here.value == NULL ? "not on" :
+			     "another value than on",
+			     attribute->value != NULL && here.value != NULL ?
+			     c->origin : replay.set.node);
+	}
+	if (ret > 0 && array_count(&differences) > 0 &&
+	    (c->flags & DOVETAIL_VERIFY_REPAIR) != 0) {
+		ret = replay_attributes_set(box, &differences, &error);
+		c->repaired = c->repaired || ret > 0;
+	}
+	if (ret <= 0) {
+		compare_note(c, "Attributes (METADATA) of %s: %s",
+			     replay.set.node, error);
 	}
 }
 
@@ -660,7 +777,7 @@ static void compare_fetch(struct compare *c)
 	array_append_array(&change.u.request.uids, &c->fetch);
 	if (c->state != COMPARE_FETCHING)
 		compare_set_state(c, COMPARE_FETCHING);
-	c->asked = ioloop_time;
+	c->asked = dovetail_monotonic_secs();
 	if (replay_queue_change(&change, &error) < 0) {
 		e_warning(replay.event, "User %s: Cannot ask %s: %s", c->user,
 			  c->origin, error);
@@ -678,15 +795,21 @@ static void compare_pass_done(struct compare *c, struct replay_user *user)
 	bool valid;
 
 	if (!c->repaired || ++c->passes >= COMPARE_PASSES_MAX) {
+		if ((c->flags & DOVETAIL_VERIFY_REPAIR) != 0 &&
+		    replay_user_find_mailbox(user, c->guid, c->path, &box,
+					     &error) > 0)
+			replay_rebuild_finish(user, box);
 		compare_finish(c);
 		return;
 	}
-	/* A mailbox that was no replica has no place in the primary's log. */
+	/* A mailbox that was no replica, or whose index was rebuilt, has no
+	   place in the primary's log. */
 	dovetail_origin_id(c->origin, origin_id);
 	if (replay_user_find_mailbox(user, c->guid, c->path, &box,
 				     &error) > 0) {
 		valid = dovetail_position_get(box, &pos) &&
-			memcmp(pos.origin, origin_id, sizeof(origin_id)) == 0;
+			memcmp(pos.origin, origin_id, sizeof(origin_id)) == 0 &&
+			pos.applied.index_id != 0;
 		mailbox_get_open_status(box, STATUS_UIDNEXT, &status);
 		if (!valid && !replay_wanted_has(c->user, c->guid)) {
 			replay_wanted_add(c->user, c->origin, c->guid, c->path,
@@ -700,6 +823,7 @@ static void compare_pass_done(struct compare *c, struct replay_user *user)
 	array_clear(&c->extra);
 	array_clear(&c->rebuild);
 	c->differences = 0;
+	c->attributes_done = FALSE;
 	compare_set_state(c, COMPARE_WAITING);
 	compare_schedule(0);
 }
@@ -717,6 +841,23 @@ static void compare_pick_some(struct compare *c)
 		seq_range_array_add(&c->fetch, uid);
 		n++;
 	}
+}
+
+/* UIDs were given away here that the primary did not give away yet: its next message
+   could not be saved. */
+static bool compare_uid_next_differs(const struct compare *c,
+				     struct mailbox *box)
+{
+	struct mailbox_status status;
+	uint32_t count = mail_index_view_get_messages_count(box->view);
+	uint32_t last = 0;
+
+	if (c->uid_next == 0)
+		return FALSE;
+	if (count > 0)
+		mail_index_lookup_uid(box->view, count, &last);
+	mailbox_get_open_status(box, STATUS_UIDNEXT, &status);
+	return status.uidnext > I_MAX(c->uid_next, last + 1);
 }
 
 static void compare_next(struct compare *c, struct replay_user *user,
@@ -737,7 +878,8 @@ static void compare_next(struct compare *c, struct replay_user *user,
 	if (array_count(&c->fetch) > 0)
 		compare_fetch(c);
 	else if (repair && (array_count(&c->rebuild) > 0 ||
-			    array_count(&c->extra) > 0)) {
+			    array_count(&c->extra) > 0 ||
+			    compare_uid_next_differs(c, box))) {
 		compare_set_state(c, COMPARE_REBUILDING);
 		compare_schedule(0);
 	} else
@@ -775,11 +917,8 @@ void replay_compared(struct replay_user *user, const char *origin,
 		compare_schedule(1000);
 		return;
 	}
-	if (replay_user_find_mailbox(user, c->guid, c->path, &box,
-				     &error) <= 0) {
-		compare_fail(c, "It is not here any more");
+	if (compare_find_box(c, user, &box) == 0)
 		return;
-	}
 	if (mailbox_sync(box, 0) < 0) {
 		compare_fail(c, "%s",
 			     mailbox_get_last_internal_error(box, NULL));
@@ -793,6 +932,7 @@ void replay_compared(struct replay_user *user, const char *origin,
 	c->asked_count = 0;
 	c->uid_next = compared->uid_next;
 	compare_ranges(c, user, box, compared);
+	compare_attributes(c, box, compared);
 	if (array_count(&compared->uids) > 0 &&
 	    compare_list(c, user, box, compared, &error) < 0) {
 		compare_fail(c, "%s", error);
@@ -902,12 +1042,8 @@ replay_compare_messages(struct replay_user *user, const char *origin,
 	if (c == NULL || c->state != COMPARE_FETCHING ||
 	    strcmp(c->origin, origin) != 0)
 		return REPLAY_DONE;
-	ret = replay_user_find_mailbox(user, c->guid, c->path, &box, error_r);
-	if (ret <= 0) {
-		compare_fail(c, "%s", ret == 0 ? "It is not here any more" :
-			     *error_r);
-		return ret == 0 ? REPLAY_DONE : REPLAY_FAILED;
-	}
+	if (compare_find_box(c, user, &box) == 0)
+		return REPLAY_DONE;
 	t_array_init(&explained, 16);
 	if ((c->flags & DOVETAIL_VERIFY_EXPLAIN) != 0)
 		compare_explain(c, box, change, &explained);
@@ -937,11 +1073,8 @@ static void compare_rebuild(struct compare *c)
 	const char *error;
 	int ret;
 
-	if ((ret = compare_open(c, &user, &box)) <= 0) {
-		if (ret == 0)
-			compare_fail(c, "It is not here any more");
+	if (compare_open(c, &user, &box) == 0)
 		return;
-	}
 	/* what did not come any more is not there any more */
 	t_array_init(&drop, 16);
 	array_append_array(&drop, &c->replace);
@@ -961,17 +1094,17 @@ static void compare_rebuild(struct compare *c)
 
 /* ---- start ---- */
 
-void replay_compare_start(const char *user, const char *origin,
-			  const guid_128_t guid, const char *path,
-			  enum dovetail_verify_flags flags, uint32_t number)
+/* Returns NULL: there are too many. */
+static struct compare *
+compare_start(const char *user, const char *origin, const guid_128_t guid,
+	      const char *path, enum dovetail_verify_flags flags,
+	      uint32_t number)
 {
 	struct compare *c = compare_find(user, guid);
 
-	if (!array_is_created(&compares))
-		i_array_init(&compares, 16);
 	if (c == NULL) {
 		if (array_count(&compares) >= COMPARE_MAX)
-			return;
+			return NULL;
 		c = i_new(struct compare, 1);
 		c->user = i_strdup(user);
 		c->origin = i_strdup(origin);
@@ -985,18 +1118,18 @@ void replay_compare_start(const char *user, const char *origin,
 		i_array_init(&c->texts, 4);
 		array_push_back(&compares, &c);
 	} else if (c->state == COMPARE_RESTING) {
-		if (number == 0 && c->rest_until > ioloop_time) {
+		if (number == 0 && c->rest_until > dovetail_monotonic_secs()) {
 			c->again = TRUE;
-			return;
+			return c;
 		}
 	} else if (number == 0) {
 		c->flags |= flags;
-		return;
+		return c;
 	} else if (c->verify_number != 0) {
 		/* the question before is overtaken by this one */
 		c->verify_number = number;
 		c->flags |= flags;
-		return;
+		return c;
 	}
 	if (strcmp(c->origin, origin) != 0) {
 		i_free(c->origin);
@@ -1010,6 +1143,44 @@ void replay_compare_start(const char *user, const char *origin,
 	compare_clear(c);
 	compare_set_state(c, COMPARE_WAITING);
 	compare_schedule(0);
+	return c;
+}
+
+void replay_compare_start(const char *user, const char *origin,
+			  const guid_128_t guid, const char *path,
+			  enum dovetail_verify_flags flags, uint32_t number)
+{
+	struct compare *c = compare_start(user, origin, guid, path, flags,
+					  number);
+
+	if (c != NULL)
+		compare_keep(c);
+}
+
+static void compare_load(const char *user, const char *origin,
+			 const guid_128_t guid, const char *path)
+{
+	struct compare *c;
+
+	/* with another number of shards or workers it may be another's user */
+	if (user[0] != '\0' &&
+	    dovetail_user_shard(user, replay.set.shards) % replay.slots ==
+	    replay.slot) {
+		c = compare_start(user, origin, guid, path,
+				  DOVETAIL_VERIFY_REPAIR, 0);
+		if (c == NULL)
+			return;
+		c->resumed = TRUE;
+		replay_trouble_set(user, origin, guid, path,
+				   DOVETAIL_HEALTH_DIFFERING, "");
+	}
+}
+
+void replay_compare_init(void)
+{
+	i_array_init(&compares, 16);
+	replay_file_open(&compare_file, "repair", compare_load);
+	compare_save();
 }
 
 bool replay_compare_is_running(const char *user, const guid_128_t guid)
@@ -1044,18 +1215,14 @@ static void compare_wait(struct compare *c)
 {
 	struct replay_user *user;
 	struct mailbox *box;
-	int ret;
 
 	/* what is being fetched in another way comes first */
 	if (replay_wanted_has(c->user, c->guid)) {
 		compare_schedule(200);
 		return;
 	}
-	if ((ret = compare_open(c, &user, &box)) <= 0) {
-		if (ret == 0)
-			compare_fail(c, "It is not here");
+	if (compare_open(c, &user, &box) == 0)
 		return;
-	}
 	compare_begin(c, user);
 	replay_user_release(&user);
 }
@@ -1064,16 +1231,12 @@ static void compare_ask_again(struct compare *c)
 {
 	struct replay_user *user;
 	struct mailbox *box;
-	int ret;
 
-	if (c->asked + (time_t)c->retry_secs > ioloop_time)
+	if (c->asked + (time_t)c->retry_secs > dovetail_monotonic_secs())
 		return;
 	c->retry_secs = I_MIN(c->retry_secs * 2, COMPARE_RETRY_MAX_SECS);
-	if ((ret = compare_open(c, &user, &box)) <= 0) {
-		if (ret == 0)
-			compare_fail(c, "It is not here any more");
+	if (compare_open(c, &user, &box) == 0)
 		return;
-	}
 	if (c->state == COMPARE_ASKED)
 		compare_ask(c, user, box);
 	else
@@ -1084,7 +1247,7 @@ static void compare_ask_again(struct compare *c)
 /* Returns FALSE when it can be forgotten. */
 static bool compare_rest(struct compare *c)
 {
-	if (c->rest_until > ioloop_time)
+	if (c->rest_until > dovetail_monotonic_secs())
 		return TRUE;
 	if (!c->again)
 		return FALSE;
@@ -1103,6 +1266,9 @@ static void compare_run(void *context ATTR_UNUSED)
 	bool keep;
 
 	timeout_remove(&to_compare);
+	if (compare_file.unsaved) T_BEGIN {
+		compare_save();
+	} T_END;
 	for (i = array_count(&compares); i > 0; i--) {
 		c = array_idx_elem(&compares, i - 1);
 		keep = TRUE;
@@ -1182,6 +1348,30 @@ verify_answer(const char *user, const char *origin,
 	}
 }
 
+/* Are the attributes what the primary says? Those that are not are found by comparing
+   them. */
+static bool verify_attributes(struct mailbox *box,
+			      const struct dovetail_change_verify *verify)
+{
+	ARRAY_TYPE(dovetail_attribute) attributes;
+	uint8_t hash[DOVETAIL_ATTRIBUTES_HASH_SIZE], none[sizeof(hash)];
+	const char *error;
+
+	memset(hash, 0, sizeof(hash));
+	if (memcmp(verify->attributes, hash, sizeof(hash)) == 0)
+		return TRUE;
+	t_array_init(&attributes, 16);
+	dovetail_attributes_hash(&attributes, none);
+	switch (dovetail_attributes_get(box, &box->v, &attributes, &error)) {
+	case 0:
+		return memcmp(verify->attributes, none, sizeof(none)) == 0;
+	case 1:
+		dovetail_attributes_hash(&attributes, hash);
+		return memcmp(verify->attributes, hash, sizeof(hash)) == 0;
+	}
+	return FALSE;
+}
+
 void replay_verify(struct replay_user *user, const char *origin,
 		   const struct dovetail_change_verify *verify)
 {
@@ -1237,7 +1427,7 @@ void replay_verify(struct replay_user *user, const char *origin,
 			/* not the same place: COMPARED will tell */
 			ret = -1;
 		}
-		if (ret > 0) {
+		if (ret > 0 && verify_attributes(box, verify)) {
 			verify_answer(username, origin, verify,
 				      DOVETAIL_VERIFIED_EQUAL, here.count,
 				      NULL);

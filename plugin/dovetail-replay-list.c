@@ -59,7 +59,8 @@ list_finish(struct mailbox **box, int ret, enum mail_error harmless,
 		if (mail_error == harmless)
 			ret = 0;
 		else
-			*error_r = t_strdup(error);
+			*error_r = t_strdup_printf("Mailbox %s: %s",
+						   (*box)->vname, error);
 	}
 	mailbox_free(box);
 	return ret < 0 ? REPLAY_FAILED : REPLAY_DONE;
@@ -438,8 +439,8 @@ static int tree_read_local(struct tree *tree, struct mail_namespace *ns,
 	if (mailbox_open(box) < 0 ||
 	    mailbox_get_metadata(box, MAILBOX_METADATA_GUID, &metadata) < 0 ||
 	    mailbox_get_status(box, STATUS_MESSAGES, &status) < 0) {
-		*error_r = t_strdup(mailbox_get_last_internal_error(box,
-								    &mail_error));
+		*error_r = t_strdup_printf("Mailbox %s: %s", info->vname,
+			mailbox_get_last_internal_error(box, &mail_error));
 		mailbox_free(&box);
 		return mail_error == MAIL_ERROR_NOTFOUND ? 0 : -1;
 	}
@@ -838,6 +839,10 @@ tree_place(struct tree *tree, const struct dovetail_tree_mailbox *tm,
 				      MAIL_ERROR_NONE, error_r);
 	result = list_create(tree->user, tree->origin, tm->guid, tm->name,
 			     tm->uid_validity, 0, error_r);
+	if (result == REPLAY_FAILED) {
+		*error_r = t_strdup_printf("Mailbox %s: %s", tm->name,
+					   *error_r);
+	}
 	if (result == REPLAY_DONE && tm->uid_next > 1) {
 		replay_wanted_add(replay_user_mail_user(tree->user)->username,
 				  tree->origin, tm->guid, tm->name, 1,

@@ -14,15 +14,22 @@
 #include "mail-index-modseq.h"
 #include "mail-index-transaction-private.h"
 #include "index-mail.h"
+#include "maildir-storage.h"
+#include "maildir-uidlist.h"
 #include "mdbox-storage.h"
 #include "mailbox-log.h"
 #include "mailbox-list-private.h"
 #include "index-pop3-uidl.h"
 #include "dovetail-compat.h"
+#include "dovetail-attribute.h"
 #include "dovetail-mailbox-digest.h"
 #include "dovetail-name.h"
 #include "dovetail-position.h"
 #include "dovetail-replay.h"
+#include "dovetail-wire.h"
+
+/* How often Dovecot may rebuild the storage meanwhile. */
+#define REPLAY_EXPUNGE_TRIES 3
 
 #define REPLAY_FLAGS_MASK \
 	(MAIL_ANSWERED | MAIL_FLAGGED | MAIL_DELETED | MAIL_SEEN | MAIL_DRAFT)
@@ -43,8 +50,18 @@ struct replay_mailbox_ctx {
 	bool differs;
 	/* the change is a snapshot that came too late */
 	bool old;
+	/* all of the change is in the mailbox now */
+	bool applied;
+	/* the mailbox is origin's replica, or was when the change came */
+	bool ours;
 	const char *error;
 };
+
+static int replay_box_failed(struct replay_mailbox_ctx *ctx)
+{
+	ctx->error = t_strdup(mailbox_get_last_internal_error(ctx->box, NULL));
+	return -1;
+}
 
 /* ---- find or make the mailbox ---- */
 
@@ -82,6 +99,16 @@ static bool replay_box_is_empty(struct mailbox *box)
 		status.messages == 0;
 }
 
+/* A mailbox that was not there before could not be made as it should be. What is
+   left would be nobody's: the next to look into it would give it a GUID of its
+   own. On a full disk mailbox_delete() fails, as it writes first. */
+static void replay_mailbox_unmake(struct mailbox *box)
+{
+	mailbox_close(box);
+	if (box->list->v.delete_mailbox(box->list, box->name) == 0)
+		(void)box->list->v.delete_dir(box->list, box->name);
+}
+
 int replay_mailbox_create(struct replay_user *user, const char *origin,
 			  const guid_128_t guid, const char *path,
 			  uint32_t uid_validity, uint32_t uid_next,
@@ -94,6 +121,7 @@ int replay_mailbox_create(struct replay_user *user, const char *origin,
 	struct mailbox *box;
 	enum mail_error mail_error;
 	const char *vname;
+	bool is_new = FALSE;
 	int ret;
 
 	if (dovetail_name_from_path(replay_user_mail_user(user), path, &ns,
@@ -106,15 +134,18 @@ int replay_mailbox_create(struct replay_user *user, const char *origin,
 
 	box = mailbox_alloc(ns->list, vname, MAILBOX_FLAG_IGNORE_ACLS);
 	/* Maildir says that it exists, but makes it ours before */
-	if (mailbox_exists(box, FALSE, &existence) == 0 &&
-	    existence == MAILBOX_EXISTENCE_SELECT) {
+	ret = mailbox_exists(box, FALSE, &existence);
+	if (ret == 0 && existence == MAILBOX_EXISTENCE_SELECT) {
 		mail_error = MAIL_ERROR_EXISTS;
 		ret = -1;
 	} else {
+		is_new = ret == 0;
 		ret = mailbox_create(box, &update, FALSE) < 0 ? -1 : 1;
 		if (ret < 0) {
 			*error_r = t_strdup(mailbox_get_last_internal_error(
 				box, &mail_error));
+			if (mail_error == MAIL_ERROR_EXISTS)
+				is_new = FALSE;
 		}
 	}
 	if (ret < 0) {
@@ -148,6 +179,8 @@ int replay_mailbox_create(struct replay_user *user, const char *origin,
 			ret = -1;
 		}
 	}
+	if (ret < 0 && is_new)
+		replay_mailbox_unmake(box);
 	mailbox_free(&box);
 	replay_user_forget_mailboxes(user);
 	return ret;
@@ -188,49 +221,7 @@ replay_mailbox_get(struct replay_mailbox_ctx *ctx, bool wanted)
 	return REPLAY_LACKING;
 }
 
-/* ---- does the change fit? ---- */
-
-enum replay_fit {
-	REPLAY_FIT_APPLY,
-	REPLAY_FIT_SKIP,
-	/* a snapshot from before what is here */
-	REPLAY_FIT_OLD,
-	REPLAY_FIT_GAP,
-};
-
-static enum replay_fit
-replay_mailbox_fits(struct replay_mailbox_ctx *ctx, bool wanted)
-{
-	const struct dovetail_change_mailbox *change = ctx->change;
-	bool snapshot = (change->flags & DOVETAIL_MAILBOX_SNAPSHOT) != 0;
-	struct dovetail_position pos;
-	bool valid;
-	int end;
-
-	valid = dovetail_position_get(ctx->box, &pos) &&
-		memcmp(pos.origin, ctx->origin_id, sizeof(pos.origin)) == 0 &&
-		pos.applied.index_id == change->to.index_id;
-	if (!valid)
-		return snapshot ? REPLAY_FIT_APPLY : REPLAY_FIT_GAP;
-
-	end = dovetail_log_pos_cmp(&change->to, &pos.applied);
-	if (snapshot && end >= 0)
-		return end > 0 || wanted ? REPLAY_FIT_APPLY : REPLAY_FIT_SKIP;
-	if (snapshot) {
-		return wanted && replay_wanted_is_past(
-				replay_user_mail_user(ctx->user)->username,
-				change->guid) ?
-			REPLAY_FIT_APPLY : REPLAY_FIT_OLD;
-	}
-	if (dovetail_log_pos_cmp(&change->from, &pos.applied) > 0)
-		return REPLAY_FIT_GAP;
-	if (end > 0)
-		return REPLAY_FIT_APPLY;
-	/* a part that claims no place is applied while we stand there */
-	return end == 0 &&
-		dovetail_log_pos_cmp(&change->from, &change->to) == 0 ?
-		REPLAY_FIT_APPLY : REPLAY_FIT_SKIP;
-}
+/* ---- bodies ---- */
 
 /* Find the message a COPY refers to. Returns 1, 0 when it is not here, -1. */
 static int replay_find_copy_source(struct replay_mailbox_ctx *ctx,
@@ -814,6 +805,7 @@ static void replay_update_delta(struct replay_mailbox_ctx *ctx,
 				ctx->change->guid, &op->uids);
 			continue;
 		default:
+			/* attributes are set already */
 			continue;
 		}
 		updates++;
@@ -848,6 +840,7 @@ static void replay_snapshot_message(struct replay_snapshot *snapshot,
 	t_array_init(&keywords, 8);
 	array_foreach(&snapshot->ctx->change->ops, op) {
 		if (op->type == DOVETAIL_OP_APPEND ||
+		    op->type == DOVETAIL_OP_ATTRIBUTE ||
 		    !seq_range_exists(&op->uids, mail->uid))
 			continue;
 		if (op->type == DOVETAIL_OP_FLAGS)
@@ -957,12 +950,151 @@ static void replay_update_snapshot(struct replay_mailbox_ctx *ctx,
 	}
 }
 
+/* ---- attributes ---- */
+
+static int
+replay_attribute_set(struct mailbox_transaction_context *t,
+		     const struct dovetail_attribute *attribute)
+{
+	struct mail_attribute_value value = { .value = attribute->value };
+
+	return t->box->v.attribute_set(t, attribute->shared ?
+				       MAIL_ATTRIBUTE_TYPE_SHARED :
+				       MAIL_ATTRIBUTE_TYPE_PRIVATE,
+				       attribute->key, &value);
+}
+
+/* What has to be set to make here what is in there: both ascending. */
+static void
+replay_attributes_differences(const ARRAY_TYPE(dovetail_attribute) *here,
+			      const ARRAY_TYPE(dovetail_attribute) *there,
+			      ARRAY_TYPE(dovetail_attribute) *differences)
+{
+	const struct dovetail_attribute *h, *t;
+	struct dovetail_attribute gone;
+	unsigned int i = 0, j = 0;
+	int cmp;
+
+	while (i < array_count(here) || j < array_count(there)) {
+		h = i < array_count(here) ? array_idx(here, i) : NULL;
+		t = j < array_count(there) ? array_idx(there, j) : NULL;
+		cmp = h == NULL ? 1 : t == NULL ? -1 :
+			dovetail_attribute_cmp(h, t);
+		if (cmp < 0) {
+			gone = *h;
+			gone.value = NULL;
+			array_push_back(differences, &gone);
+		} else if (cmp > 0 || strcmp(h->value, t->value) != 0) {
+			array_push_back(differences, t);
+		}
+		if (cmp <= 0)
+			i++;
+		if (cmp >= 0)
+			j++;
+	}
+}
+
+int replay_attributes_compare(struct mailbox *box,
+			      const ARRAY_TYPE(dovetail_attribute) *there,
+			      ARRAY_TYPE(dovetail_attribute) *differences,
+			      const char **error_r)
+{
+	ARRAY_TYPE(dovetail_attribute) here;
+	int ret;
+
+	t_array_init(&here, 16);
+	ret = dovetail_attributes_get(box, &box->v, &here, error_r);
+	if (ret == 0 && array_count(there) == 0)
+		return 1;
+	if (ret > 0)
+		replay_attributes_differences(&here, there, differences);
+	return ret;
+}
+
+int replay_attributes_set(struct mailbox *box,
+			  const ARRAY_TYPE(dovetail_attribute) *attributes,
+			  const char **error_r)
+{
+	struct mailbox_transaction_context *t;
+	const struct dovetail_attribute *attribute;
+	struct dovetail_attribute any = { .key = "comment" };
+	int ret;
+
+	if ((ret = dovetail_attribute_get(box, &box->v, &any, error_r)) <= 0)
+		return ret;
+	t = mailbox_transaction_begin(box, REPLAY_UPDATE_FLAGS, __func__);
+	ret = 0;
+	array_foreach(attributes, attribute) {
+		if (dovetail_attribute_travels(attribute) &&
+		    (ret = replay_attribute_set(t, attribute)) < 0)
+			break;
+	}
+	if (ret < 0) {
+		*error_r = t_strdup(mailbox_get_last_internal_error(box, NULL));
+		mailbox_transaction_rollback(&t);
+		return -1;
+	}
+	if (mailbox_transaction_commit(&t) < 0) {
+		*error_r = t_strdup(mailbox_get_last_internal_error(box, NULL));
+		return -1;
+	}
+	return 1;
+}
+
+/* Before the position moves. What cannot be set does not hold up mail: it is
+   compared, and set then. */
+static void replay_update_attributes(struct replay_mailbox_ctx *ctx)
+{
+	static bool warned = FALSE;
+	bool all = (ctx->change->flags & DOVETAIL_MAILBOX_ATTRIBUTES) != 0;
+	ARRAY_TYPE(dovetail_attribute) attributes, differences;
+	const struct dovetail_op *op;
+	const char *error;
+	int ret = 1;
+
+	t_array_init(&attributes, 8);
+	t_array_init(&differences, 8);
+	array_foreach(&ctx->change->ops, op) {
+		if (op->type == DOVETAIL_OP_ATTRIBUTE &&
+		    (!all || op->attribute.value != NULL))
+			array_push_back(&attributes, &op->attribute);
+	}
+	if (all) {
+		ret = replay_attributes_compare(ctx->box, &attributes,
+						&differences, &error);
+	}
+	if (ret > 0 && array_count(all ? &differences : &attributes) > 0) {
+		ret = replay_attributes_set(ctx->box, all ? &differences :
+					    &attributes, &error);
+	}
+	if (ret > 0)
+		return;
+	if (ret < 0) {
+		e_warning(replay.event, "User %s mailbox %s: Cannot set "
+			"attributes: %s",
+			replay_user_mail_user(ctx->user)->username,
+			ctx->box->vname, error);
+		ctx->differs = TRUE;
+	} else if (!warned) {
+		warned = TRUE;
+		e_warning(replay.event, "User %s mailbox %s: Attributes "
+			"(METADATA) of %s are not kept here: %s",
+			replay_user_mail_user(ctx->user)->username,
+			ctx->box->vname, ctx->origin, error);
+	}
+}
+
+/* ---- the update ---- */
+
 static int replay_update_all(struct replay_mailbox_ctx *ctx,
 			     const ARRAY_TYPE(seq_range) *exists)
 {
 	struct mailbox_transaction_context *t;
 	struct mail *mail;
 
+	T_BEGIN {
+		replay_update_attributes(ctx);
+	} T_END;
 	t = mailbox_transaction_begin(ctx->box, REPLAY_UPDATE_FLAGS, __func__);
 	mail = mail_alloc(t, MAIL_FETCH_FLAGS, NULL);
 	replay_appended_again(ctx, mail);
@@ -1066,12 +1198,30 @@ static int replay_raise_modseq(struct replay_mailbox_ctx *ctx)
 	return ret;
 }
 
+/* Somebody died between writing dovecot-uidlist and the index. Dovecot takes the
+   directory for synced, and its next message would get another UID. */
+static bool replay_maildir_lacks(struct mailbox *box)
+{
+	struct maildir_mailbox *maildir;
+	struct mailbox_status status;
+
+	if (strcmp(box->storage->name, MAILDIR_STORAGE_NAME) != 0)
+		return FALSE;
+	maildir = MAILDIR_MAILBOX(box);
+	mailbox_get_open_status(box, STATUS_UIDNEXT, &status);
+	return maildir_uidlist_refresh(maildir->uidlist) >= 0 &&
+		maildir_uidlist_get_next_uid(maildir->uidlist) > status.uidnext;
+}
+
 static int replay_mailbox_open(struct replay_mailbox_ctx *ctx)
 {
 	struct mailbox_status status;
 	struct mailbox_update update;
 
-	if (mailbox_sync(ctx->box, 0) < 0) {
+	if (mailbox_sync(ctx->box, 0) < 0 ||
+	    (replay_maildir_lacks(ctx->box) &&
+	     mailbox_sync(ctx->box, MAILBOX_SYNC_FLAG_FULL_READ |
+			  MAILBOX_SYNC_FLAG_FORCE_RESYNC) < 0)) {
 		ctx->error = t_strdup(mailbox_get_last_internal_error(ctx->box,
 								      NULL));
 		return -1;
@@ -1118,7 +1268,8 @@ static void replay_collect(struct replay_mailbox_ctx *ctx, bool *updates_r,
 		if (op->type == DOVETAIL_OP_EXISTS)
 			*exists_r = &op->uids;
 		if (op->type == DOVETAIL_OP_EXPUNGE ||
-		    op->type == DOVETAIL_OP_EXISTS)
+		    op->type == DOVETAIL_OP_EXISTS ||
+		    op->type == DOVETAIL_OP_ATTRIBUTE)
 			*updates_r = TRUE;
 		else {
 			/* flags of messages that come with theirs */
@@ -1195,21 +1346,153 @@ static void replay_compare_digest(struct replay_mailbox_ctx *ctx)
 			     DOVETAIL_VERIFY_REPAIR, 0);
 }
 
+static void replay_find_expunged(const struct dovetail_change_mailbox *change,
+				 ARRAY_TYPE(seq_range) *uids)
+{
+	const struct dovetail_op *op;
+
+	if ((change->flags & DOVETAIL_MAILBOX_SNAPSHOT) != 0)
+		return;
+	array_foreach(&change->ops, op) {
+		if (op->type == DOVETAIL_OP_EXPUNGE)
+			seq_range_array_merge(uids, &op->uids);
+	}
+}
+
+static bool replay_has_any(struct mailbox *box,
+			   const ARRAY_TYPE(seq_range) *uids)
+{
+	const struct seq_range *range;
+	uint32_t seq1, seq2;
+
+	array_foreach(uids, range) {
+		if (mail_index_lookup_seq_range(box->view, range->seq1,
+						range->seq2, &seq1, &seq2))
+			return TRUE;
+	}
+	return FALSE;
+}
+
+static bool replay_is_ours(struct replay_mailbox_ctx *ctx)
+{
+	struct dovetail_position pos;
+
+	if (dovetail_position_get(ctx->box, &pos) &&
+	    memcmp(pos.origin, ctx->origin_id, sizeof(pos.origin)) == 0)
+		ctx->ours = TRUE;
+	return ctx->ours;
+}
+
+/* Returns 1: done.  0: the mailbox is not here, or not ctx->origin's replica, or
+   another one than the change is about.  -1: failed, ctx->error. */
+static int replay_expunge_uids(struct replay_mailbox_ctx *ctx,
+			       const ARRAY_TYPE(seq_range) *uids)
+{
+	const struct dovetail_change_mailbox *change = ctx->change;
+	struct mailbox_transaction_context *t;
+	struct mailbox_status status;
+	struct mail *mail;
+	int ret;
+
+	ctx->box = NULL;
+	ret = replay_user_find_mailbox(ctx->user, change->guid, change->name,
+				       &ctx->box, &ctx->error);
+	if (ret <= 0)
+		return ret;
+	if (!replay_is_ours(ctx))
+		return 0;
+	if (mailbox_sync(ctx->box, 0) < 0)
+		return replay_box_failed(ctx);
+	mailbox_get_open_status(ctx->box, STATUS_UIDVALIDITY, &status);
+	if (status.uidvalidity != change->uid_validity)
+		return 0;
+	if (!replay_has_any(ctx->box, uids))
+		return 1;
+	t = mailbox_transaction_begin(ctx->box, REPLAY_UPDATE_FLAGS, __func__);
+	mail = mail_alloc(t, 0, NULL);
+	replay_foreach(mail, uids, NULL, replay_op_expunge, NULL);
+	mail_free(&mail);
+	if (mailbox_transaction_commit(&t) < 0 ||
+	    mailbox_sync(ctx->box, 0) < 0)
+		return replay_box_failed(ctx);
+	if (replay_has_any(ctx->box, uids)) {
+		ctx->error = "Expunged messages came back";
+		return -1;
+	}
+	return 1;
+}
+
+/* A change was not applied: because it was already, because changes before it are
+   missing, or because that failed. What the primary has expunged goes nevertheless,
+   if the mailbox is the primary's replica: nothing else tells later that the
+   messages came from there. When a process dies while mdbox expunges, Dovecot
+   brings the message back, and forgets that it was to be expunged; that happens
+   in a sync, which then fails, as the index is another one. (The change comes again
+   as long as this was not done.) Returns 0 or -1. */
+static int replay_expunge_anyway(struct replay_mailbox_ctx *ctx)
+{
+	const char *error = ctx->error;
+	ARRAY_TYPE(seq_range) uids;
+	unsigned int i;
+	int ret = -1;
+
+	t_array_init(&uids, 8);
+	replay_find_expunged(ctx->change, &uids);
+	if (array_count(&uids) == 0)
+		return 0;
+	replay_compare_expunged(replay_user_mail_user(ctx->user)->username,
+				ctx->change->guid, &uids);
+	for (i = 0; i < REPLAY_EXPUNGE_TRIES && ret < 0; i++) {
+		if (i > 0)
+			replay_user_forget_mailboxes(ctx->user);
+		ret = replay_expunge_uids(ctx, &uids);
+	}
+	if (ret < 0)
+		return -1;
+	ctx->error = error;
+	return 0;
+}
+
+/* A rebuild while the change was looked at may have taken the mailbox' place in the
+   origin's log, and more. */
+static enum replay_result replay_check_place(struct replay_mailbox_ctx *ctx)
+{
+	struct dovetail_position pos;
+
+	if (ctx->box == NULL || !ctx->ours ||
+	    (dovetail_position_get(ctx->box, &pos) &&
+	     pos.applied.index_id != 0))
+		return REPLAY_DONE;
+	ctx->error = "Its index was rebuilt";
+	return REPLAY_LACKING;
+}
+
 static enum replay_result
 replay_mailbox_apply(struct replay_mailbox_ctx *ctx, bool wanted)
 {
 	const ARRAY_TYPE(seq_range) *exists;
+	struct dovetail_position pos;
 	enum replay_result result;
 	bool updates, saves;
 
 	result = replay_mailbox_get(ctx, wanted);
 	if (result != REPLAY_DONE || ctx->box == NULL)
 		return result;
-	switch (replay_mailbox_fits(ctx, wanted)) {
+	switch (replay_fits(replay_user_mail_user(ctx->user)->username,
+			    dovetail_position_get(ctx->box, &pos) ? &pos : NULL,
+			    ctx->origin_id, ctx->change, wanted)) {
 	case REPLAY_FIT_OLD:
 		ctx->old = TRUE;
 		return REPLAY_DONE;
 	case REPLAY_FIT_SKIP:
+		ctx->ours = TRUE;
+		/* whoever applied it may have died before it compared */
+		if (dovetail_log_pos_cmp(&ctx->change->to, &pos.applied) == 0 &&
+		    mailbox_sync(ctx->box, 0) == 0) {
+			ctx->digest = replay_user_mailbox_digest(ctx->user,
+								 ctx->box);
+			replay_compare_digest(ctx);
+		}
 		return REPLAY_DONE;
 	case REPLAY_FIT_GAP:
 		ctx->error = "Changes before this one are missing";
@@ -1255,6 +1538,7 @@ replay_mailbox_apply(struct replay_mailbox_ctx *ctx, bool wanted)
 		ctx->error = "More messages are to come";
 		return REPLAY_LACKING;
 	}
+	ctx->applied = TRUE;
 	replay_compare_digest(ctx);
 	return REPLAY_DONE;
 }
@@ -1308,11 +1592,9 @@ replay_mailbox(struct replay_user *user, const char *origin,
 	       const struct dovetail_change_mailbox *change, bool wanted,
 	       const char **error_r)
 {
-	const char *username = replay_user_mail_user(user)->username;
+	struct replay_outcome outcome;
 	struct replay_mailbox_ctx ctx;
 	struct mailbox_status status;
-	enum replay_result result;
-	bool answer;
 
 	i_zero(&ctx);
 	ctx.user = user;
@@ -1324,45 +1606,25 @@ replay_mailbox(struct replay_user *user, const char *origin,
 
 	if ((change->flags & DOVETAIL_MAILBOX_MESSAGES) != 0)
 		return replay_compare_messages(user, origin, change, error_r);
-	result = replay_mailbox_apply(&ctx, wanted);
-	*error_r = ctx.error;
-	/* only a snapshot is the answer; what happened meanwhile comes as well,
-	   or came before it */
-	answer = wanted && !ctx.old &&
-		(change->flags & DOVETAIL_MAILBOX_SNAPSHOT) != 0;
-	switch (result) {
-	case REPLAY_DONE:
-		if (answer)
-			replay_wanted_arrived(username, change->guid,
-					      &change->to);
-		break;
-	case REPLAY_LACKING:
-		if (ctx.box == NULL) {
-			/* the tree here is not the primary's */
-			guid_128_t all;
-
-			guid_128_empty(all);
-			replay_wanted_add(username, origin, all, "", 0,
-					  ctx.error);
-			break;
-		}
-		mailbox_get_open_status(ctx.box, STATUS_UIDNEXT, &status);
-		if (answer) {
-			replay_wanted_came_so_far(username, change->guid,
-						  status.uidnext);
-		} else if (!replay_compare_takes_gap(username, change->guid)) {
-			replay_wanted_add(username, origin, change->guid,
-					  change->name, status.uidnext,
-					  ctx.error);
-		}
-		break;
-	case REPLAY_FAILED:
+	i_zero(&outcome);
+	outcome.result = replay_mailbox_apply(&ctx, wanted);
+	if (outcome.result == REPLAY_FAILED)
 		replay_user_forget_mailboxes(user);
-		replay_wanted_add(username, origin, change->guid, change->name,
-				  1, ctx.error);
-		break;
+	if (!ctx.applied) {
+		if (replay_expunge_anyway(&ctx) < 0)
+			outcome.result = REPLAY_FAILED;
+		else if (outcome.result == REPLAY_DONE)
+			outcome.result = replay_check_place(&ctx);
 	}
-	if ((change->flags & DOVETAIL_MAILBOX_SNAPSHOT) == 0)
-		replay_wanted_passed(username, change->guid, &change->to);
-	return result;
+	outcome.old = ctx.old;
+	outcome.error = *error_r = ctx.error;
+	if (outcome.result == REPLAY_LACKING && ctx.box != NULL) {
+		mailbox_get_open_status(ctx.box, STATUS_UIDNEXT, &status);
+		outcome.uid_next = status.uidnext;
+	}
+	if (outcome.result == REPLAY_FAILED)
+		replay_user_forget_mailboxes(user);
+	replay_mailbox_done(replay_user_mail_user(user)->username, origin,
+			    change, wanted, &outcome);
+	return outcome.result;
 }

@@ -15,11 +15,11 @@
      the index yet (sdbox) is overwritten by the next attempt, a reference too many
      (mdbox) costs space only;
    - between the reset and the write that follows at once, the mailbox is empty and
-     has no position: the next change of it asks for everything again;
-   - in a Maildir, before dovecot-uidlist is written, the new messages appear with
-     new UIDs at the end: the next comparison finds them there;
+     has no position: its next comparison or change asks for everything
+     again;
+   - in a Maildir, before the files are in cur/, Dovecot drops the messages again;
    - later: parts are still there, and the next call finishes, or
-     replay_rebuild_clean() removes them. */
+     replay_rebuild_finish(); at last replay_rebuild_clean() removes them. */
 
 #include "lib.h"
 #include "array.h"
@@ -139,12 +139,19 @@ static int parts_open(struct mailbox *box, bool create, struct mailbox **parts_r
 	parts = mailbox_alloc(ns->list, vname, MAILBOX_FLAG_IGNORE_ACLS);
 	ret = parts_try_open(parts, create, error_r);
 	if (ret < 0 && parts->mailbox_deleted) {
-		/* somebody died while deleting them */
-		ret = mailbox_delete(parts);
+		/* Somebody died while deleting them. They are needed no more, but
+		   Dovecot deletes only what can be opened. */
+		ret = mailbox_mark_index_deleted(parts, FALSE) < 0 ||
+			mailbox_delete(parts) < 0 ? -1 : 0;
+		if (ret < 0) {
+			*error_r = t_strdup(
+				mailbox_get_last_internal_error(parts, NULL));
+		}
 		mailbox_free(&parts);
 		parts = mailbox_alloc(ns->list, vname,
 				      MAILBOX_FLAG_IGNORE_ACLS);
-		ret = ret < 0 ? -1 : parts_try_open(parts, create, error_r);
+		if (ret == 0)
+			ret = parts_try_open(parts, create, error_r);
 	}
 	if (ret > 0)
 		*parts_r = parts;
@@ -923,7 +930,9 @@ rebuild_locked_mdbox(struct rebuild *rb, uint32_t uid_next,
 
 struct rebuild_maildir_file {
 	struct rebuild *rb;
+	pool_t pool;
 	enum mail_flags flags;
+	/* from the pool */
 	const char *fname;
 };
 
@@ -937,16 +946,19 @@ static int rebuild_maildir_link(struct maildir_mailbox *mbox ATTR_UNUSED,
 		return 0;
 	/* keywords have other letters in each Maildir */
 	fname = t_strcut(fname, *MAILDIR_INFO_SEP_S);
-	file->fname = maildir_filename_flags_set(fname, file->flags);
+	file->fname = p_strdup(file->pool,
+			       maildir_filename_flags_set(fname, file->flags));
 	return rebuild_link(file->rb, path,
-		t_strdup_printf("%s/cur/%s", mailbox_get_path(file->rb->box),
+		t_strdup_printf("%s/tmp/%s", mailbox_get_path(file->rb->box),
 				file->fname)) < 0 ? -1 : 1;
 }
 
-/* Link the part's file and add it to the UID list. */
+/* Link the part's file into tmp/, add it to the UID list and to fnames, whose
+   memory is the pool's. */
 static int
 rebuild_maildir_part(struct rebuild *rb, const struct rebuild_part *part,
-		     struct maildir_uidlist_sync_ctx *sync)
+		     struct maildir_uidlist_sync_ctx *sync, pool_t pool,
+		     ARRAY_TYPE(const_string) *fnames)
 {
 	struct maildir_mailbox *from = MAILDIR_MAILBOX(rb->parts);
 	struct maildir_uidlist_rec *rec;
@@ -956,6 +968,7 @@ rebuild_maildir_part(struct rebuild *rb, const struct rebuild_part *part,
 
 	i_zero(&file);
 	file.rb = rb;
+	file.pool = pool;
 	mail_set_seq(rb->mail, part->seq);
 	file.flags = mail_get_flags(rb->mail) & REBUILD_FLAGS_MASK;
 	if (maildir_file_do(from, rb->mail->uid, rebuild_maildir_link,
@@ -975,11 +988,13 @@ rebuild_maildir_part(struct rebuild *rb, const struct rebuild_part *part,
 		if (value != NULL)
 			maildir_uidlist_sync_set_ext(sync, rec, key, value);
 	}
+	array_push_back(fnames, &file.fname);
 	return 0;
 }
 
 static int
-rebuild_maildir_files(struct rebuild *rb, struct maildir_uidlist_sync_ctx *sync)
+rebuild_maildir_list(struct rebuild *rb, struct maildir_uidlist_sync_ctx *sync,
+		     pool_t pool, ARRAY_TYPE(const_string) *fnames)
 {
 	struct maildir_mailbox *mbox = MAILDIR_MAILBOX(rb->box);
 	struct maildir_uidlist_iter_ctx *iter;
@@ -1003,31 +1018,63 @@ rebuild_maildir_files(struct rebuild *rb, struct maildir_uidlist_sync_ctx *sync)
 	}
 	array_foreach(&rb->list, part) {
 		T_BEGIN {
-			ret = rebuild_maildir_part(rb, part, sync);
+			ret = rebuild_maildir_part(rb, part, sync, pool,
+						   fnames);
 		} T_END_PASS_STR_IF(ret < 0, &rb->error);
 		if (ret < 0)
 			return -1;
 	}
-	return rebuild_sync_dir(rb,
-		t_strconcat(mailbox_get_path(rb->box), "/cur", NULL));
+	return 0;
+}
+
+static int rebuild_maildir_show(struct rebuild *rb,
+				const ARRAY_TYPE(const_string) *fnames)
+{
+	const char *path = mailbox_get_path(rb->box);
+	const char *fname;
+	int ret = 0;
+
+	array_foreach_elem(fnames, fname) {
+		T_BEGIN {
+			const char *from, *to;
+
+			from = t_strdup_printf("%s/tmp/%s", path, fname);
+			to = t_strdup_printf("%s/cur/%s", path, fname);
+			ret = rename(from, to);
+			if (ret < 0) {
+				rb->error = t_strdup_printf(
+					"rename(%s, %s) failed: %m", from, to);
+			}
+		} T_END_PASS_STR_IF(ret < 0, &rb->error);
+		if (ret < 0)
+			return -1;
+	}
+	return rebuild_sync_dir(rb, t_strconcat(path, "/cur", NULL));
 }
 
 static int rebuild_locked_maildir(struct rebuild *rb, uint32_t uid_next)
 {
 	struct maildir_mailbox *mbox = MAILDIR_MAILBOX(rb->box);
 	struct maildir_uidlist_sync_ctx *sync;
+	ARRAY_TYPE(const_string) fnames;
+	pool_t pool;
 	int ret;
 
 	if (maildir_uidlist_sync_init(mbox->uidlist, 0, &sync) <= 0)
 		return rebuild_box_failed(rb, rb->box);
-	ret = rebuild_maildir_files(rb, sync);
+	pool = pool_alloconly_create("rebuild maildir", 4096);
+	p_array_init(&fnames, pool, array_count(&rb->list) + 1);
+	ret = rebuild_maildir_list(rb, sync, pool, &fnames);
 	/* The index first: the list is written without those that are not in
-	   it. */
+	   it. The files last: one that no list knows would get another UID. */
 	if (ret == 0)
 		ret = rebuild_write_index(rb, uid_next);
 	maildir_uidlist_sync_recreate(sync);
 	if (maildir_uidlist_sync_deinit(&sync, ret == 0) < 0 && ret == 0)
 		ret = rebuild_box_failed(rb, rb->box);
+	if (ret == 0)
+		ret = rebuild_maildir_show(rb, &fnames);
+	pool_unref(&pool);
 	return ret;
 }
 
@@ -1318,4 +1365,55 @@ int replay_rebuild(struct replay_user *user, struct mailbox *box,
 	if (ret < 0)
 		*error_r = rb.error;
 	return ret;
+}
+
+/* Returns 1: there are parts, 0: not, -1. Of a directory left over nothing remains. */
+static int parts_exist(struct mailbox *box, const char **error_r)
+{
+	struct mail_namespace *ns = mailbox_get_namespace(box);
+	struct mailbox_metadata metadata;
+	enum mailbox_existence existence;
+	struct mailbox *parts;
+	int ret;
+
+	if (mailbox_get_metadata(box, MAILBOX_METADATA_GUID, &metadata) < 0) {
+		*error_r = t_strdup(mailbox_get_last_internal_error(box, NULL));
+		return -1;
+	}
+	parts = mailbox_alloc(ns->list,
+			      dovetail_name_of_parts(ns, metadata.guid),
+			      MAILBOX_FLAG_IGNORE_ACLS);
+	ret = mailbox_exists(parts, FALSE, &existence);
+	if (ret < 0) {
+		*error_r = t_strdup(mailbox_get_last_internal_error(parts,
+								    NULL));
+	} else if (existence == MAILBOX_EXISTENCE_NOSELECT) {
+		return parts_delete(&parts, error_r);
+	}
+	mailbox_free(&parts);
+	return ret < 0 ? -1 : existence == MAILBOX_EXISTENCE_SELECT ? 1 : 0;
+}
+
+void replay_rebuild_finish(struct replay_user *user, struct mailbox *box)
+{
+	ARRAY_TYPE(seq_range) present;
+	const char *error, *vname = t_strdup(box->vname);
+	uint32_t seq, count, uid;
+	int ret;
+
+	ret = parts_exist(box, &error);
+	if (ret > 0) {
+		t_array_init(&present, 16);
+		count = mail_index_view_get_messages_count(box->view);
+		for (seq = 1; seq <= count; seq++) {
+			mail_index_lookup_uid(box->view, seq, &uid);
+			seq_range_array_add(&present, uid);
+		}
+		ret = replay_rebuild(user, box, NULL, &present, 0, &error);
+	}
+	if (ret < 0) {
+		e_error(replay.event, "User %s mailbox %s: Cannot remove what a "
+			"repair left behind: %s",
+			replay_user_mail_user(user)->username, vname, error);
+	}
 }

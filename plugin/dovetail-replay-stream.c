@@ -29,6 +29,7 @@
 #include "str.h"
 #include "str-sanitize.h"
 #include "time-util.h"
+#include "dovetail-clock.h"
 #include "dovetail-compat.h"
 #include "dovetail-queue-client.h"
 #include "dovetail-redis.h"
@@ -44,6 +45,8 @@
 #define STREAM_FETCH_COUNT 8
 /* In a backlog not every entry is acknowledged by itself. */
 #define STREAM_ACK_INTERVAL_USECS 5000
+/* What failed is said for so long: nobody at the origin waits longer. */
+#define STREAM_FAILED_SECS 60
 /* How long an acknowledgement nobody waits for may take. */
 #define STREAM_ACK_DELAY_MSECS 50
 /* An idle replica says that it lives. */
@@ -92,6 +95,8 @@ struct replay_stream {
 	time_t rejected_logged[DOVETAIL_OPEN_RET_COUNT];
 	uint64_t gaps;
 	ARRAY(struct dovetail_ack_failed) failed;
+	/* when the last one was added: dovetail_monotonic_secs() */
+	time_t failed_secs;
 	char *last_error;
 	uint64_t lag_usecs;
 	time_t last_applied;
@@ -120,6 +125,25 @@ static void streams_read(void);
 static void streams_idle(void *context);
 
 /* ---- state ---- */
+
+static void stream_failed(struct replay_stream *stream, uint64_t generation,
+			  uint64_t seq, uint32_t ordinal)
+{
+	struct dovetail_ack_failed *failed;
+
+	if (array_count(&stream->failed) == DOVETAIL_ACK_FAILED_MAX) {
+		/* the older half becomes one */
+		array_delete(&stream->failed, 0,
+			     DOVETAIL_ACK_FAILED_MAX / 2 - 1);
+		failed = array_front_modifiable(&stream->failed);
+		failed->ordinal = DOVETAIL_ACK_UP_TO;
+	}
+	failed = array_append_space(&stream->failed);
+	failed->generation = generation;
+	failed->seq = seq;
+	failed->ordinal = ordinal;
+	stream->failed_secs = dovetail_monotonic_secs();
+}
 
 static void stream_state_check(const struct dovetail_chain *chain,
 			       unsigned char check_r[16])
@@ -153,6 +177,9 @@ static void stream_state_read(struct replay_stream *stream)
 	stream->chain = state.chain;
 	stream->read_generation = state.chain.generation;
 	stream->read_seq = state.chain.seq;
+	/* whatever the process before us could not apply and did not say */
+	stream_failed(stream, state.chain.generation, state.chain.seq,
+		      DOVETAIL_ACK_UP_TO);
 }
 
 static void stream_state_write(struct replay_stream *stream)
@@ -242,6 +269,9 @@ static void stream_ack(struct replay_stream *stream)
 	/* the worker's, told by its first shard */
 	ack.set_aside = stream->shard != replay.slot ? 0 :
 		replay_wanted_count(stream->origin);
+	if (dovetail_monotonic_secs() - stream->failed_secs >
+	    STREAM_FAILED_SECS)
+		array_clear(&stream->failed);
 	ack.failed = array_get(&stream->failed, &ack.failed_count);
 	ack.last_error = stream->last_error == NULL ? "" : stream->last_error;
 
@@ -280,7 +310,6 @@ static void stream_ack(struct replay_stream *stream)
 		dovetail_redis_command(streams.writer, N_ELEMENTS(argv), argv,
 				       lens, stream_ack_sent, stream);
 	} T_END;
-	array_clear(&stream->failed);
 	stream->ack_needed = FALSE;
 	stream->ack_waited = FALSE;
 	streams.last_ack_usecs = dovetail_monotonic_usecs();
@@ -331,19 +360,6 @@ static void stream_reject(struct replay_stream *stream,
 		stream->newer = TRUE;
 }
 
-static void stream_failed(struct replay_stream *stream, uint32_t ordinal,
-			  const struct dovetail_chain *chain)
-{
-	struct dovetail_ack_failed *failed;
-
-	if (array_count(&stream->failed) == DOVETAIL_ACK_FAILED_MAX)
-		return;
-	failed = array_append_space(&stream->failed);
-	failed->generation = chain->generation;
-	failed->seq = chain->seq;
-	failed->ordinal = ordinal;
-}
-
 static void stream_apply_group(struct replay_stream *stream,
 			       const struct dovetail_chain *chain)
 {
@@ -364,7 +380,8 @@ static void stream_apply_group(struct replay_stream *stream,
 			result = replay_apply(stream->origin, change, size,
 					      &error);
 			if (result != REPLAY_DONE)
-				stream_failed(stream, ordinal, chain);
+				stream_failed(stream, chain->generation,
+					      chain->seq, ordinal);
 			if (result == REPLAY_FAILED) {
 				error = t_strndup(error, STREAM_ERROR_MAX_LEN);
 				if (null_strcmp(stream->last_error, error) != 0)
@@ -440,6 +457,8 @@ static void stream_entry(struct replay_stream *stream, const char *id,
 			  stream->last_error);
 	}
 	if (opened.gap || stream_misses_start(stream, &opened.head)) {
+		stream_failed(stream, opened.head.generation,
+			      opened.head.seq - 1, DOVETAIL_ACK_UP_TO);
 		replay_wanted_add_shard(stream->origin, stream->shard,
 			opened.gap ? stream->last_error :
 			"Its log begins before what Redis has");

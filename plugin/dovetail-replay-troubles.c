@@ -2,7 +2,7 @@
 
 /* Mailboxes that are known to differ from the primary's: from the moment when that is
    noticed until they are known to be equal, for dovetail-health. Nothing is kept in
-   files: after a restart the next digest shows what differs. */
+   files: after a restart what waits for its repair is compared again. */
 
 #include "lib.h"
 #include "array.h"

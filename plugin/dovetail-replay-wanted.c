@@ -1,26 +1,19 @@
 /* Copyright (c) 2026 dovetail authors, LGPL-2.1-or-later, see COPYING */
 
 /* What is lacking here and was asked for. Each thing lacking is one entry, kept
-   in a file too, so that a restart does not forget it: one line
-   "USER TAB ORIGIN TAB GUID TAB PATH" (path's tabs as escapes). For a whole shard
-   of the origin's users, user is empty and path the shard's number. */
+   in a file too (struct replay_file), so that a restart does not forget it. For a
+   whole shard of the origin's users, user is empty and path the shard's number. */
 
 #include "lib.h"
 #include "array.h"
 #include "buffer.h"
 #include "guid.h"
 #include "ioloop.h"
-#include "istream.h"
 #include "randgen.h"
 #include "str.h"
-#include "strescape.h"
 #include "dovetail-queue-client.h"
 #include "dovetail-replay.h"
 #include "dovetail-service.h"
-
-#include <fcntl.h>
-#include <unistd.h>
-#include <sys/stat.h>
 
 /* Ask again when nothing came; doubling. */
 #define WANTED_RETRY_MIN_SECS 5
@@ -45,7 +38,7 @@ struct wanted {
 
 	/* dovetail_monotonic_msecs() */
 	uint64_t since_msecs;
-	/* 0: not asked yet */
+	/* dovetail_monotonic_secs(); 0: not asked yet */
 	time_t asked;
 	unsigned int retry_secs;
 	/* how many answers were older than what is here */
@@ -60,7 +53,7 @@ struct wanted {
 
 static ARRAY(struct wanted) wanted_list;
 static struct timeout *to_wanted;
-static int wanted_fd = -1;
+static struct replay_file wanted_file;
 
 static void wanted_ask(void *context);
 
@@ -105,44 +98,28 @@ static void wanted_save(void)
 	const struct wanted *w;
 	string_t *str = t_str_new(256);
 
-	array_foreach(&wanted_list, w) {
-		str_append_tabescaped(str, w->user);
-		str_append_c(str, '\t');
-		str_append_tabescaped(str, w->origin);
-		str_printfa(str, "\t%s\t", guid_128_to_string(w->guid));
-		str_append_tabescaped(str, w->path);
-		str_append_c(str, '\n');
-	}
-	if (ftruncate(wanted_fd, 0) < 0 ||
-	    pwrite(wanted_fd, str_data(str), str_len(str), 0) !=
-	    (ssize_t)str_len(str)) {
-		e_error(replay.event, "Cannot write %s/wanted.%u: %m",
-			replay.dir, replay.slot);
-	}
+	array_foreach(&wanted_list, w)
+		replay_file_add(str, w->user, w->origin, w->guid, w->path);
+	replay_file_write(&wanted_file, str);
 }
 
 /* What is not a question that can be asked was not written by us. */
-static void wanted_load_line(const char *line)
+static void wanted_load(const char *user, const char *origin,
+			const guid_128_t guid, const char *path)
 {
-	const char *const *fields = t_strsplit_tabescaped(line);
 	struct wanted *w;
-	guid_128_t guid;
 	unsigned int shard = 0;
 
-	if (str_array_length(fields) != 4 ||
-	    !dovetail_node_name_is_valid(fields[1]) ||
-	    guid_128_from_string(fields[2], guid) < 0)
-		return;
-	if (fields[0][0] == '\0') {
-		if (str_to_uint(fields[3], &shard) < 0 || shard > UINT8_MAX)
+	if (user[0] == '\0') {
+		if (str_to_uint(path, &shard) < 0 || shard > UINT8_MAX)
 			return;
-	} else if (guid_128_is_empty(guid) && fields[3][0] != '\0') {
+	} else if (guid_128_is_empty(guid) && path[0] != '\0') {
 		return;
 	}
 	w = array_append_space(&wanted_list);
-	w->user = i_strdup(fields[0]);
-	w->origin = i_strdup(fields[1]);
-	w->path = i_strdup(fields[3]);
+	w->user = i_strdup(user);
+	w->origin = i_strdup(origin);
+	w->path = i_strdup(path);
 	guid_128_copy(w->guid, guid);
 	/* asked with no knowledge of what is here: from the first UID */
 	w->uid_next = 1;
@@ -155,19 +132,8 @@ static void wanted_load_line(const char *line)
 
 void replay_wanted_init(void)
 {
-	struct istream *input;
-	const char *path, *line;
-
 	i_array_init(&wanted_list, 16);
-	path = t_strdup_printf("%s/wanted.%u", replay.dir, replay.slot);
-	wanted_fd = open(path, O_RDWR | O_CREAT, 0600);
-	if (wanted_fd == -1)
-		i_fatal("open(%s) failed: %m", path);
-	input = i_stream_create_fd(wanted_fd, SIZE_MAX);
-	while ((line = i_stream_read_next_line(input)) != NULL) T_BEGIN {
-		wanted_load_line(line);
-	} T_END;
-	i_stream_unref(&input);
+	replay_file_open(&wanted_file, "wanted", wanted_load);
 	to_wanted = timeout_add_short(100, wanted_ask, NULL);
 }
 
@@ -179,7 +145,7 @@ void replay_wanted_deinit(void)
 	array_foreach_modifiable(&wanted_list, w)
 		wanted_free(w);
 	array_free(&wanted_list);
-	i_close_fd(&wanted_fd);
+	replay_file_close(&wanted_file);
 }
 
 int replay_queue_change(const struct dovetail_change *change,
@@ -233,23 +199,26 @@ static void wanted_ask(void *context ATTR_UNUSED)
 {
 	struct wanted *w;
 	unsigned int open = 0;
-	time_t next = ioloop_time + WANTED_RETRY_MAX_SECS;
+	time_t now = dovetail_monotonic_secs();
+	time_t next = now + WANTED_RETRY_MAX_SECS;
 	const char *error;
 
 	timeout_remove(&to_wanted);
+	if (wanted_file.unsaved) T_BEGIN {
+		wanted_save();
+	} T_END;
 	array_foreach_modifiable(&wanted_list, w) {
-		if (w->asked != 0 && w->asked + (time_t)w->retry_secs >
-		    ioloop_time && !wanted_is_shard(w))
+		if (w->asked != 0 && w->asked + (time_t)w->retry_secs > now &&
+		    !wanted_is_shard(w))
 			open++;
 	}
 	array_foreach_modifiable(&wanted_list, w) {
-		if (w->asked != 0 && w->asked + (time_t)w->retry_secs >
-		    ioloop_time) {
+		if (w->asked != 0 && w->asked + (time_t)w->retry_secs > now) {
 			next = I_MIN(next, w->asked + (time_t)w->retry_secs);
 			continue;
 		}
 		if (open >= WANTED_OPEN_MAX && !wanted_is_shard(w)) {
-			next = I_MIN(next, ioloop_time + 1);
+			next = I_MIN(next, now + 1);
 			continue;
 		}
 		if (w->asked != 0) {
@@ -268,12 +237,12 @@ static void wanted_ask(void *context ATTR_UNUSED)
 				open++;
 			}
 		} T_END;
-		w->asked = ioloop_time;
+		w->asked = now;
 		next = I_MIN(next, w->asked + (time_t)w->retry_secs);
 	}
 	if (array_count(&wanted_list) > 0) {
 		to_wanted = timeout_add(
-			I_MAX(next - ioloop_time, 1) * 1000, wanted_ask, NULL);
+			I_MAX(next - now, 1) * 1000, wanted_ask, NULL);
 	}
 }
 

@@ -32,9 +32,12 @@ struct replay replay;
 static struct timeout *to_slot;
 static bool running = FALSE;
 
-/* Each worker takes a slot no other one has. */
+/* Each worker takes a slot no other one has. When its file cannot be opened,
+   because the disk is read-only or full, it waits: Dovecot's master would start
+   it again only when dovetail-queue knocks, which may have ended of the same. */
 static bool replay_take_slot(void)
 {
+	static bool logged = FALSE;
 	const char *path;
 	unsigned int slot;
 	int fd;
@@ -42,8 +45,14 @@ static bool replay_take_slot(void)
 	for (slot = 0; slot < replay.slots; slot++) {
 		path = t_strdup_printf("%s/slot.%u", replay.dir, slot);
 		fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-		if (fd == -1)
-			i_fatal("open(%s) failed: %m", path);
+		if (fd == -1) {
+			if (!logged) {
+				e_error(replay.event, "open(%s) failed: %m "
+					"(trying again)", path);
+			}
+			logged = TRUE;
+			return FALSE;
+		}
 		if (flock(fd, LOCK_EX | LOCK_NB) == 0) {
 			replay.slot = slot;
 			replay.lock_fd = fd;
@@ -60,6 +69,7 @@ static void replay_try_start(void *context ATTR_UNUSED)
 		return;
 	timeout_remove(&to_slot);
 	replay_wanted_init();
+	replay_compare_init();
 	replay_streams_init();
 	replay_round_init();
 	replay_control_init();

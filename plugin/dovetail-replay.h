@@ -10,6 +10,7 @@
      dovetail-replay-stream.c   read, check and acknowledge the peers' logs
      dovetail-replay-apply.c    one change: whose, allowed, what is lacking
      dovetail-replay-mailbox.c  ... of one mailbox
+     dovetail-replay-fit.c      ... which may not fit to what is here
      dovetail-replay-list.c     ... of the list of mailboxes
      dovetail-replay-compare.c  a mailbox that differs: where, and repair
      dovetail-replay-rebuild.c  put messages into the middle of a mailbox
@@ -17,6 +18,7 @@
      dovetail-replay-users.c    open users and mailboxes
      dovetail-replay-spool.c    bodies that came ahead of their change
      dovetail-replay-wanted.c   what is lacking here and was asked for
+     dovetail-replay-file.c     what must survive a restart
      dovetail-replay-shard.c    answer a peer that lacks entries of our log
      dovetail-replay-job.c      verify, repair, seed: ask the peers
      dovetail-replay-round.c    ... from time to time, by itself
@@ -43,6 +45,7 @@ struct mail;
 struct replay_user;
 struct dovetail_mailbox_digest;
 struct dovetail_wire_reader;
+struct dovetail_position;
 
 struct replay {
 	struct event *event;
@@ -187,6 +190,39 @@ void replay_round_done(enum dovetail_job_end end, const char *text,
 /* As replay_streams_report(). */
 unsigned int replay_round_report(buffer_t *buf);
 
+/* ---- dovetail-replay-fit.c ---- */
+
+enum replay_fit {
+	REPLAY_FIT_APPLY,
+	/* it is here already */
+	REPLAY_FIT_SKIP,
+	/* a snapshot from before what is here */
+	REPLAY_FIT_OLD,
+	/* something before it is missing */
+	REPLAY_FIT_GAP,
+};
+/* A mailbox that stands at pos (NULL: it has none), and a change of the origin's
+   (dovetail_origin_id()). wanted: its state was asked for. */
+enum replay_fit
+replay_fits(const char *username, const struct dovetail_position *pos,
+	    const uint8_t *origin_id,
+	    const struct dovetail_change_mailbox *change, bool wanted);
+
+/* What became of a change. */
+struct replay_outcome {
+	enum replay_result result;
+	/* it was FIT_OLD */
+	bool old;
+	/* LACKING: UIDNEXT of the mailbox here; 0: there is none */
+	uint32_t uid_next;
+	/* NULL: DONE */
+	const char *error;
+};
+/* Note it, and ask for what is lacking. */
+void replay_mailbox_done(const char *username, const char *origin,
+			 const struct dovetail_change_mailbox *change,
+			 bool wanted, const struct replay_outcome *outcome);
+
 /* ---- dovetail-replay-mailbox.c, dovetail-replay-list.c ---- */
 
 /* Apply a MAILBOX change. wanted: this state was asked for. */
@@ -211,6 +247,20 @@ int replay_mailbox_add_messages(struct replay_user *user, const char *origin,
 				const struct dovetail_change_mailbox *change,
 				ARRAY_TYPE(seq_range) *waiting,
 				const char **error_r);
+/* What would have to be set to give the mailbox the attributes that are there, which
+   are all it shall have: ascending, each with a value. A difference without a value
+   is one to be removed.
+   Returns 1: that is known.  0: this node keeps no attributes, or so many that they
+   do not travel, error_r.  -1: failed, error_r. All on the data stack. */
+int replay_attributes_compare(struct mailbox *box,
+			      const ARRAY_TYPE(dovetail_attribute) *there,
+			      ARRAY_TYPE(dovetail_attribute) *differences,
+			      const char **error_r);
+/* Set or remove these attributes, in their order. Returns 1: done.  0: this node keeps
+   none, error_r.  -1: failed, error_r (both data stack). */
+int replay_attributes_set(struct mailbox *box,
+			  const ARRAY_TYPE(dovetail_attribute) *attributes,
+			  const char **error_r);
 /* Was a mailbox with this GUID deleted here before? */
 bool replay_mailbox_was_deleted(struct replay_user *user,
 				const guid_128_t guid);
@@ -260,6 +310,8 @@ replay_tree_verify(struct replay_user *user, const char *origin,
 
 /* ---- dovetail-replay-compare.c ---- */
 
+/* Goes on with the repairs that a former process did not come to the end of. */
+void replay_compare_init(void);
 /* A VERIFY of the primary's: answer it, now or when it was found out. */
 void replay_verify(struct replay_user *user, const char *origin,
 		   const struct dovetail_change_verify *verify);
@@ -317,6 +369,9 @@ int replay_rebuild(struct replay_user *user, struct mailbox *box,
 		   const ARRAY_TYPE(seq_range) *drop,
 		   const ARRAY_TYPE(seq_range) *add, uint32_t uid_next,
 		   const char **error_r);
+/* All messages are in the mailbox: do what another process' replay_rebuild() did not
+   come to. The box is not valid afterwards. */
+void replay_rebuild_finish(struct replay_user *user, struct mailbox *box);
 /* Remove a mailbox of waiting messages (see dovetail_name_is_parts()) that an
    interrupted repair left behind. exists: the mailbox they are for is there; a
    repair may be on its way then, and only old ones are removed. */
@@ -345,6 +400,30 @@ struct istream *
 replay_spool_get(const uint8_t id[DOVETAIL_SPOOL_ID_SIZE], uint64_t size);
 void replay_spool_drop(const uint8_t id[DOVETAIL_SPOOL_ID_SIZE]);
 void replay_spool_deinit(void);
+
+/* ---- dovetail-replay-file.c ---- */
+
+/* A list of mailboxes that a restart must not forget: STATE_DIR/replay/NAME.SLOT, a
+   line "USER TAB ORIGIN TAB GUID TAB PATH" for each (with escapes for tabs in them). */
+struct replay_file {
+	char *path;
+	int fd;
+	/* The last write failed, and is logged: the disk is full, for example. */
+	bool unsaved;
+};
+
+typedef void replay_file_callback_t(const char *user, const char *origin,
+				    const guid_128_t guid, const char *path);
+
+/* Opens or creates the file and calls callback for each line; those that were not
+   written by us are left out. */
+void replay_file_open(struct replay_file *file, const char *name,
+		      replay_file_callback_t *callback);
+/* Appends a line to str, which will be all of the next replay_file_write(). */
+void replay_file_add(string_t *str, const char *user, const char *origin,
+		     const guid_128_t guid, const char *path);
+void replay_file_write(struct replay_file *file, const string_t *str);
+void replay_file_close(struct replay_file *file);
 
 /* ---- dovetail-replay-wanted.c ---- */
 

@@ -1,6 +1,7 @@
 /* Copyright (c) 2026 dovetail authors, LGPL-2.1-or-later, see COPYING */
 
 #include "lib.h"
+#include "array.h"
 #include "net.h"
 #include "settings-parser.h"
 #include "str-sanitize.h"
@@ -25,6 +26,7 @@
 #define DOVETAIL_DEFAULT_HEALTH_CALM "5s"
 #define DOVETAIL_DEFAULT_HEALTH_QUEUE_PERCENT "80"
 #define DOVETAIL_DEFAULT_HEALTH_DRAIN "fenced"
+#define DOVETAIL_DEFAULT_HEALTH_USERDB "auth-dovetail-userdb"
 #define DOVETAIL_HEALTH_TIME_MIN_MSECS 100
 /* News comes every second. */
 #define DOVETAIL_HEALTH_MAX_AGE_MIN_MSECS 2000
@@ -504,6 +506,125 @@ dovetail_settings_parse_health_down(struct dovetail_settings_parser *parser,
 		&parser->set->health_down, error_r);
 }
 
+static int
+dovetail_settings_parse_health_transports(
+	struct dovetail_settings_parser *parser, const char *value,
+	const char **error_r)
+{
+	struct dovetail_settings *set = parser->set;
+	const char *const *words, *node, *eq, *transport;
+	ARRAY_TYPE(const_string) transports;
+	unsigned int i;
+
+	p_array_init(&transports, parser->pool, 8);
+	words = t_strsplit_spaces(value == NULL ? "" : value, " \t");
+	for (; *words != NULL; words++) {
+		eq = strchr(*words, '=');
+		if (eq == NULL || eq == *words || eq[1] == '\0' ||
+		    strchr(*words, ',') != NULL) {
+			*error_r = t_strdup_printf(
+				"'%s' is not NODE=TRANSPORT, such as "
+				"a=lmtp:inet:10.77.0.1:24 (separated by spaces)",
+				str_sanitize(*words, 128));
+			return -1;
+		}
+		node = p_strdup_until(parser->pool, *words, eq);
+		if (strcmp(node, set->node) != 0 &&
+		    !str_array_find(set->peers, node)) {
+			*error_r = t_strdup_printf(
+				"'%s' is neither this node (dovetail_node) nor "
+				"one of dovetail_peers",
+				str_sanitize(node, 128));
+			return -1;
+		}
+		for (i = 0; i < array_count(&transports); i += 2) {
+			if (strcmp(array_idx_elem(&transports, i), node) == 0) {
+				*error_r = t_strdup_printf(
+					"'%s' is there twice", node);
+				return -1;
+			}
+		}
+		transport = p_strdup(parser->pool, eq + 1);
+		array_push_back(&transports, &node);
+		array_push_back(&transports, &transport);
+	}
+	array_append_zero(&transports);
+	set->health_transports = array_front(&transports);
+	return 0;
+}
+
+static int
+dovetail_settings_parse_health_domains(struct dovetail_settings_parser *parser,
+				       const char *value, const char **error_r)
+{
+	const char *const *domains;
+
+	domains = (const char *const *)p_strsplit_spaces(
+		parser->pool, value == NULL ? "" : value, " \t");
+	parser->set->health_domains = domains;
+	for (; *domains != NULL; domains++) {
+		if (strpbrk(*domains, "@,=") != NULL) {
+			*error_r = t_strdup_printf(
+				"'%s' is not a domain (they are separated by "
+				"spaces; *: all)", str_sanitize(*domains, 128));
+			return -1;
+		}
+	}
+	return 0;
+}
+
+static int
+dovetail_settings_parse_health_userdb(struct dovetail_settings_parser *parser,
+				      const char *value, const char **error_r)
+{
+	struct dovetail_settings *set = parser->set;
+
+	if (strcmp(value, "none") == 0) {
+		set->health_userdb = NULL;
+		if (str_array_find(set->health_domains, "*")) {
+			*error_r = "With dovetail_health_domains = * only the "
+				"userdb knows whose mail is for us";
+			return -1;
+		}
+		return 0;
+	}
+	set->health_userdb = *value == '/' ? p_strdup(parser->pool, value) :
+		p_strdup_printf(parser->pool, "%s/%s", parser->base_dir, value);
+	return 0;
+}
+
+static int
+dovetail_settings_parse_health_hook(struct dovetail_settings_parser *parser,
+				    const char *value, const char **error_r)
+{
+	parser->set->health_hook = "";
+	if (value == NULL)
+		return 0;
+	return dovetail_settings_parse_path(parser, value,
+		&parser->set->health_hook, error_r);
+}
+
+static int
+dovetail_settings_parse_health_webhook(struct dovetail_settings_parser *parser,
+				       const char *value, const char **error_r)
+{
+	const char *p;
+
+	parser->set->health_webhook = "";
+	if (value == NULL)
+		return 0;
+	for (p = value; (unsigned char)*p > ' ' && *p != '\x7f'; p++) ;
+	if (*p != '\0' || (!str_begins_with(value, "http://") &&
+			   !str_begins_with(value, "https://"))) {
+		*error_r = t_strdup_printf(
+			"'%s' is not a URL: http://HOST[:PORT]/PATH or "
+			"https://HOST[:PORT]/PATH", str_sanitize(value, 128));
+		return -1;
+	}
+	parser->set->health_webhook = p_strdup(parser->pool, value);
+	return 0;
+}
+
 /* In the order in which they are parsed: some need those before them. */
 static const struct dovetail_setting dovetail_setting_list[] = {
 	{ "dovetail_node", NULL, dovetail_settings_parse_node },
@@ -554,6 +675,15 @@ static const struct dovetail_setting dovetail_setting_list[] = {
 	{ "dovetail_health_drain", DOVETAIL_DEFAULT_HEALTH_DRAIN,
 	  dovetail_settings_parse_health_drain },
 	{ "dovetail_health_down", NULL, dovetail_settings_parse_health_down },
+	{ "dovetail_health_transports", NULL,
+	  dovetail_settings_parse_health_transports },
+	{ "dovetail_health_domains", NULL,
+	  dovetail_settings_parse_health_domains },
+	{ "dovetail_health_userdb", DOVETAIL_DEFAULT_HEALTH_USERDB,
+	  dovetail_settings_parse_health_userdb },
+	{ "dovetail_health_hook", NULL, dovetail_settings_parse_health_hook },
+	{ "dovetail_health_webhook", NULL,
+	  dovetail_settings_parse_health_webhook },
 };
 
 bool dovetail_setting_name_is_known(const char *name)
@@ -656,6 +786,11 @@ static const struct setting_define dovetail_setting_defines[] = {
 	DEF(STR_NOVARS, dovetail_health_defer),
 	DEF(STR_NOVARS, dovetail_health_drain),
 	DEF(STR_NOVARS, dovetail_health_down),
+	DEF(STR_NOVARS, dovetail_health_transports),
+	DEF(STR_NOVARS, dovetail_health_domains),
+	DEF(STR_NOVARS, dovetail_health_userdb),
+	DEF(STR_NOVARS, dovetail_health_hook),
+	DEF(STR_NOVARS, dovetail_health_webhook),
 
 	DEF(STR, default_internal_user),
 
@@ -690,6 +825,11 @@ static const struct dovetail_setting_values dovetail_setting_defaults = {
 	.dovetail_health_defer = "",
 	.dovetail_health_drain = DOVETAIL_DEFAULT_HEALTH_DRAIN,
 	.dovetail_health_down = "",
+	.dovetail_health_transports = "",
+	.dovetail_health_domains = "",
+	.dovetail_health_userdb = DOVETAIL_DEFAULT_HEALTH_USERDB,
+	.dovetail_health_hook = "",
+	.dovetail_health_webhook = "",
 
 	.default_internal_user = "dovecot",
 };

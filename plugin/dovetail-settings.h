@@ -70,11 +70,25 @@ struct dovetail_settings {
 	   (5 s), _queue_percent (80) */
 	struct dovetail_health_settings health;
 	/* dovetail_health_warn, _defer: states (bits) in which an MTA is told
-	   to warn of a mail, or to defer it; default: none */
+	   to warn of a mail, or to defer it; default: none. "unprotected" is
+	   also when it is not known whether mail would be protected. */
 	unsigned int health_warn, health_defer;
 	/* dovetail_health_drain ("fenced"), _down (none): states (bits) in which
 	   load balancers are to send nobody new, or nobody at all */
 	unsigned int health_drain, health_down;
+	/* dovetail_health_transports: node, Postfix transport, node, ...,
+	   NULL-terminated; default: none */
+	const char *const *health_transports;
+	/* dovetail_health_domains: whose recipients are users here; "*": all that
+	   the userdb knows. NULL-terminated, default: none */
+	const char *const *health_domains;
+	/* dovetail_health_userdb: the auth service's listener, default
+	   "auth-dovetail-userdb" in base_dir; NULL: all users have the same
+	   primary */
+	const char *health_userdb;
+	/* dovetail_health_hook: the path of a program, dovetail_health_webhook: a
+	   URL, which are told of changes; default "" */
+	const char *health_hook, *health_webhook;
 };
 
 /* Returns the value of a setting, or NULL when it is not set. */
@@ -130,6 +144,11 @@ struct dovetail_setting_values {
 	const char *dovetail_health_defer;
 	const char *dovetail_health_drain;
 	const char *dovetail_health_down;
+	const char *dovetail_health_transports;
+	const char *dovetail_health_domains;
+	const char *dovetail_health_userdb;
+	const char *dovetail_health_hook;
+	const char *dovetail_health_webhook;
 
 	/* Dovecot's own; the queue service needs it */
 	const char *default_internal_user;

@@ -28,7 +28,15 @@
    receiver refuses it. */
 #define DOVETAIL_CHANGE_MAX_SIZE (4 * 1024 * 1024)
 
+/* Attributes (METADATA) with a longer key or value do not travel, and are to both
+   sides as if they were not there; nor does any of a mailbox when all of them
+   together are more than the last, in bytes of keys and values. */
+#define DOVETAIL_ATTRIBUTE_KEY_MAX_SIZE 1000
+#define DOVETAIL_ATTRIBUTE_VALUE_MAX_SIZE (64 * 1024)
+#define DOVETAIL_ATTRIBUTES_MAX_SIZE (1024 * 1024)
+
 #define DOVETAIL_SPOOL_ID_SIZE 16
+#define DOVETAIL_ATTRIBUTES_HASH_SIZE 16
 
 enum dovetail_change_kind {
 	/* one mailbox changed */
@@ -94,6 +102,8 @@ enum dovetail_op_type {
 	DOVETAIL_OP_EXPUNGE = 6,
 	/* snapshots only: all uids below the first APPEND that exist */
 	DOVETAIL_OP_EXISTS = 7,
+	/* an attribute of the mailbox is now this, or is gone */
+	DOVETAIL_OP_ATTRIBUTE = 8,
 };
 
 enum dovetail_body_source {
@@ -132,16 +142,30 @@ struct dovetail_op_append {
 	uint32_t copy_uid;
 };
 
+/* An annotation of the mailbox (METADATA), with Dovecot's key: those of the server
+   are INBOX's, with a prefix. */
+struct dovetail_attribute {
+	/* for all who see the mailbox, not for its owner alone */
+	bool shared;
+	/* 1..DOVETAIL_ATTRIBUTE_KEY_MAX_SIZE bytes */
+	const char *key;
+	/* up to DOVETAIL_ATTRIBUTE_VALUE_MAX_SIZE bytes; NULL: there is none */
+	const char *value;
+};
+ARRAY_DEFINE_TYPE(dovetail_attribute, struct dovetail_attribute);
+
 struct dovetail_op {
 	enum dovetail_op_type type;
 	/* FLAGS: enum mail_flags bits */
 	uint8_t add_flags, remove_flags;
 	/* KEYWORD_ADD, KEYWORD_REMOVE */
 	const char *keyword;
-	/* all but APPEND */
+	/* all but APPEND and ATTRIBUTE */
 	ARRAY_TYPE(seq_range) uids;
 	/* APPEND */
 	struct dovetail_op_append append;
+	/* ATTRIBUTE */
+	struct dovetail_attribute attribute;
 };
 ARRAY_DEFINE_TYPE(dovetail_op, struct dovetail_op);
 
@@ -159,6 +183,9 @@ enum dovetail_mailbox_change_flags {
 	   of the stream; from and to are all zero. With MORE, the change is
 	   full: the asker asks for the rest again. */
 	DOVETAIL_MAILBOX_MESSAGES = 0x08,
+	/* SNAPSHOT without MORE only: the ATTRIBUTE ops, which come last, are
+	   all the mailbox has. Without it nothing is said of others. */
+	DOVETAIL_MAILBOX_ATTRIBUTES = 0x10,
 };
 
 struct dovetail_change_mailbox {
@@ -255,6 +282,8 @@ struct dovetail_change_verify {
 	   changes since from another process */
 	struct dovetail_log_pos at;
 	struct dovetail_digest digest;
+	/* of all attributes; all zero: nothing is said of them */
+	uint8_t attributes[DOVETAIL_ATTRIBUTES_HASH_SIZE];
 };
 
 enum dovetail_verified_result {
@@ -329,6 +358,10 @@ struct dovetail_change_compared {
 	/* messages has all messages with these UIDs, ascending, no others */
 	ARRAY_TYPE(seq_range) uids;
 	ARRAY_TYPE(dovetail_compared_message) messages;
+	/* attributes has all of the mailbox: ascending, private ones first, each
+	   with a value. FALSE: nothing is said of them */
+	bool with_attributes;
+	ARRAY_TYPE(dovetail_attribute) attributes;
 };
 
 struct dovetail_change_spool {

@@ -41,6 +41,9 @@
 /* Another reason for an outage that was logged is worth a line when the outage
    is so old, and twice as old as with the line before. */
 #define DOVETAIL_REDIS_OUTAGE_LOG_MSECS 10000
+/* Who says that it is read-only is perhaps not who has our address by now: but
+   for so long after a reconnect it is not asked about again. */
+#define DOVETAIL_REDIS_READONLY_MSECS 5000
 
 #define DOVETAIL_REDIS_READ_SIZE (64 * 1024)
 /* Let others run after this many bytes of one connection. */
@@ -399,6 +402,19 @@ dovetail_redis_send(struct dovetail_redis *redis, unsigned int argc,
 
 /* ---- reading ---- */
 
+/* After a failover a server that was ours may stay as a replica, which refuses
+   writes and keeps our connection. */
+static bool
+dovetail_redis_reply_is_readonly(const struct dovetail_redis *redis,
+				 const redisReply *reply)
+{
+	return redis->state == DOVETAIL_REDIS_READY &&
+		reply->type == REDIS_REPLY_ERROR &&
+		str_begins_with(reply->str, "READONLY ") &&
+		dovetail_redis_now_msecs() - redis->ready_msecs >=
+		DOVETAIL_REDIS_READONLY_MSECS;
+}
+
 /* Hand one reply to whom it belongs. Returns FALSE when the connection has
    failed; error_r is NULL when that is already known to everybody. */
 static bool
@@ -408,6 +424,7 @@ dovetail_redis_handle_reply(struct dovetail_redis *redis, redisReply *reply,
 	struct dovetail_redis_cmd *cmd = redis->cmds_head;
 	dovetail_redis_callback_t *callback;
 	void *context;
+	bool readonly;
 
 	*error_r = NULL;
 	if (cmd == NULL) {
@@ -425,8 +442,13 @@ dovetail_redis_handle_reply(struct dovetail_redis *redis, redisReply *reply,
 	callback = cmd->callback;
 	context = cmd->context;
 	i_free(cmd);
+	readonly = dovetail_redis_reply_is_readonly(redis, reply);
 	if (callback != NULL)
 		callback(reply, context);
+	if (readonly) {
+		*error_r = "The server has become read-only";
+		return FALSE;
+	}
 	return TRUE;
 }
 

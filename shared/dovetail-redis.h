@@ -77,6 +77,8 @@ struct dovetail_redis_callbacks {
    An address that does not let us connect, and a connection on which nothing
    comes while a command waits for its answer, are given up after timeout_msecs.
    Time in which the ioloop did not run does not count.
+   A server that says that it is read-only has perhaps handed its role, and our
+   address, to another one: we connect anew, every 5 s at most.
    password may be NULL; kept in memory of our own, wiped at the end.
    tls must be given for a rediss:// URL, and outlive the connection. */
 struct dovetail_redis *

@@ -181,6 +181,9 @@ struct dovetail_ack_failed {
 	/* of the change in its entry, 0.. */
 	uint32_t ordinal;
 };
+/* Instead of an ordinal: this entry and those before it may not have come here, as far
+   as they were not confirmed before. */
+#define DOVETAIL_ACK_UP_TO UINT32_MAX
 #define DOVETAIL_ACK_FAILED_MAX 256
 struct dovetail_ack {
 	/* every entry up to this one is applied, set aside or refused */
@@ -191,8 +194,8 @@ struct dovetail_ack {
 	uint64_t entries, rejected;
 	/* users whose changes could not be applied and who wait for repair */
 	uint32_t set_aside;
-	/* changes since the ack before that could not be applied; at most
-	   DOVETAIL_ACK_FAILED_MAX */
+	/* changes that could not be applied, of the last minute or more: an ack
+	   may get lost; at most DOVETAIL_ACK_FAILED_MAX */
 	unsigned int failed_count;
 	const struct dovetail_ack_failed *failed;
 	/* "" when there was none */

@@ -12,7 +12,8 @@
 #define WIRE_MAIL_FLAGS ((uint8_t)MAIL_FLAGS_NONRECENT)
 #define WIRE_MAILBOX_FLAGS \
 	(DOVETAIL_MAILBOX_SNAPSHOT | DOVETAIL_MAILBOX_MORE | \
-	 DOVETAIL_MAILBOX_DIGEST | DOVETAIL_MAILBOX_MESSAGES)
+	 DOVETAIL_MAILBOX_DIGEST | DOVETAIL_MAILBOX_MESSAGES | \
+	 DOVETAIL_MAILBOX_ATTRIBUTES)
 #define WIRE_VERIFY_FLAGS \
 	(DOVETAIL_VERIFY_DEEP | DOVETAIL_VERIFY_EXPLAIN | \
 	 DOVETAIL_VERIFY_REPAIR)
@@ -25,6 +26,10 @@
 #define WIRE_TEXT_MIN_SIZE 2
 #define WIRE_RANGE_DIGEST_MIN_SIZE (3 + DOVETAIL_DIGEST_SUM_SIZE)
 #define WIRE_COMPARED_MESSAGE_MIN_SIZE (3 + DOVETAIL_MESSAGE_HASH_SIZE)
+#define WIRE_ATTRIBUTE_MIN_SIZE 4
+
+#define WIRE_ATTRIBUTE_SHARED 0x01
+#define WIRE_ATTRIBUTE_VALUE 0x02
 
 /* ---- primitives ---- */
 
@@ -291,6 +296,28 @@ static void put_append(buffer_t *buf, const struct dovetail_op_append *append)
 	i_unreached();
 }
 
+void dovetail_attribute_encode(buffer_t *buf,
+			       const struct dovetail_attribute *attribute)
+{
+	dovetail_wire_put_u8(buf,
+		(attribute->shared ? WIRE_ATTRIBUTE_SHARED : 0) |
+		(attribute->value != NULL ? WIRE_ATTRIBUTE_VALUE : 0));
+	dovetail_wire_put_str(buf, attribute->key);
+	if (attribute->value != NULL)
+		dovetail_wire_put_str(buf, attribute->value);
+}
+
+int dovetail_attribute_cmp(const struct dovetail_attribute *a,
+			   const struct dovetail_attribute *b)
+{
+	int ret;
+
+	if (a->shared != b->shared)
+		return a->shared ? 1 : -1;
+	ret = strcmp(a->key, b->key);
+	return ret < 0 ? -1 : ret > 0 ? 1 : 0;
+}
+
 void dovetail_op_encode(buffer_t *buf, const struct dovetail_op *op)
 {
 	dovetail_wire_put_u8(buf, op->type);
@@ -313,6 +340,9 @@ void dovetail_op_encode(buffer_t *buf, const struct dovetail_op *op)
 	case DOVETAIL_OP_EXPUNGE:
 	case DOVETAIL_OP_EXISTS:
 		dovetail_wire_put_uids(buf, &op->uids);
+		return;
+	case DOVETAIL_OP_ATTRIBUTE:
+		dovetail_attribute_encode(buf, &op->attribute);
 		return;
 	}
 	i_unreached();
@@ -397,6 +427,7 @@ put_verify(buffer_t *buf, const struct dovetail_change_verify *verify)
 	dovetail_wire_put_num(buf, verify->uid_validity);
 	put_pos(buf, &verify->at);
 	put_digest(buf, &verify->digest);
+	buffer_append(buf, verify->attributes, sizeof(verify->attributes));
 }
 
 /* A line for people. Names and errors of others may stand in it. */
@@ -452,6 +483,7 @@ static void
 put_compared(buffer_t *buf, const struct dovetail_change_compared *compared)
 {
 	const struct dovetail_compared_message *message;
+	const struct dovetail_attribute *attribute;
 
 	dovetail_wire_put_guid(buf, compared->guid);
 	dovetail_wire_put_num(buf, compared->number);
@@ -468,6 +500,12 @@ put_compared(buffer_t *buf, const struct dovetail_change_compared *compared)
 		put_keywords(buf, message->keywords);
 		buffer_append(buf, message->hash, sizeof(message->hash));
 	}
+	dovetail_wire_put_u8(buf, compared->with_attributes ? 1 : 0);
+	if (!compared->with_attributes)
+		return;
+	dovetail_wire_put_num(buf, array_count(&compared->attributes));
+	array_foreach(&compared->attributes, attribute)
+		dovetail_attribute_encode(buf, attribute);
 }
 
 void dovetail_change_encode(buffer_t *buf, const struct dovetail_change *change)
@@ -761,6 +799,24 @@ static void get_uids(struct decoder *d, struct dovetail_op *op)
 		invalid(d, "uids", "are none");
 }
 
+static void
+get_attribute(struct decoder *d, struct dovetail_attribute *attribute)
+{
+	uint8_t flags;
+
+	flags = get_flags(d, "attribute flags",
+			  WIRE_ATTRIBUTE_SHARED | WIRE_ATTRIBUTE_VALUE);
+	attribute->shared = (flags & WIRE_ATTRIBUTE_SHARED) != 0;
+	attribute->key = get_filled_str(d, "attribute key");
+	if (strlen(attribute->key) > DOVETAIL_ATTRIBUTE_KEY_MAX_SIZE)
+		invalid(d, "attribute key", "is too long");
+	if ((flags & WIRE_ATTRIBUTE_VALUE) == 0)
+		return;
+	attribute->value = get_str(d, "attribute value");
+	if (strlen(attribute->value) > DOVETAIL_ATTRIBUTE_VALUE_MAX_SIZE)
+		invalid(d, "attribute value", "is too long");
+}
+
 static void get_op(struct decoder *d, struct dovetail_op *op)
 {
 	uint8_t type;
@@ -798,6 +854,10 @@ static void get_op(struct decoder *d, struct dovetail_op *op)
 	case DOVETAIL_OP_EXISTS:
 		d->op = "exists";
 		get_uids(d, op);
+		return;
+	case DOVETAIL_OP_ATTRIBUTE:
+		d->op = "attribute";
+		get_attribute(d, &op->attribute);
 		return;
 	}
 	invalid(d, "type", "is unknown");
@@ -845,6 +905,10 @@ static void get_mailbox(struct decoder *d, struct dovetail_change_mailbox *m)
 		if (!pos_is_zero(&m->from) || !pos_is_zero(&m->to))
 			invalid(d, "to", "is not zero with single messages");
 	}
+	if ((m->flags & DOVETAIL_MAILBOX_ATTRIBUTES) != 0 &&
+	    (m->flags & (DOVETAIL_MAILBOX_SNAPSHOT | DOVETAIL_MAILBOX_MORE)) !=
+	    DOVETAIL_MAILBOX_SNAPSHOT)
+		invalid(d, "flags", "have attributes without snapshot");
 	if ((m->flags & DOVETAIL_MAILBOX_SNAPSHOT) != 0 &&
 	    !pos_is_zero(&m->from))
 		invalid(d, "from", "is not zero in a snapshot");
@@ -950,6 +1014,8 @@ get_request(struct decoder *d, struct dovetail_change_request *request)
 static void
 get_verify(struct decoder *d, struct dovetail_change_verify *verify)
 {
+	const void *data;
+
 	d->kind = "verify";
 	verify->number = get_num32(d, "number");
 	verify->flags = get_flags(d, "flags", WIRE_VERIFY_FLAGS);
@@ -958,6 +1024,9 @@ get_verify(struct decoder *d, struct dovetail_change_verify *verify)
 	verify->uid_validity = get_num32(d, "uid_validity");
 	get_pos(d, "at", &verify->at);
 	get_digest(d, &verify->digest);
+	data = get_raw(d, "attributes", sizeof(verify->attributes));
+	if (data != NULL)
+		memcpy(verify->attributes, data, sizeof(verify->attributes));
 }
 
 static const char *get_text(struct decoder *d)
@@ -1039,6 +1108,34 @@ get_compare(struct decoder *d, struct dovetail_change_compare *compare)
 }
 
 static void
+get_compared_attributes(struct decoder *d,
+			struct dovetail_change_compared *compared)
+{
+	struct dovetail_attribute *attribute, *last = NULL;
+	unsigned int i, count = 0;
+	uint8_t with;
+
+	with = get_u8(d, "with_attributes");
+	if (with > 1)
+		invalid(d, "with_attributes", "is neither 0 nor 1");
+	compared->with_attributes = with != 0;
+	if (compared->with_attributes)
+		count = get_count(d, "attributes", WIRE_ATTRIBUTE_MIN_SIZE);
+	p_array_init(&compared->attributes, d->pool, I_MAX(count, 1));
+	for (i = 0; i < count && !d->r.failed; i++) {
+		attribute = array_append_space(&compared->attributes);
+		get_attribute(d, attribute);
+		if (d->r.failed)
+			break;
+		if (attribute->value == NULL)
+			invalid(d, "attribute value", "is missing");
+		if (last != NULL && dovetail_attribute_cmp(last, attribute) >= 0)
+			invalid(d, "attributes", "are not in order");
+		last = attribute;
+	}
+}
+
+static void
 get_compared(struct decoder *d, struct dovetail_change_compared *compared)
 {
 	struct dovetail_compared_message *message;
@@ -1072,6 +1169,7 @@ get_compared(struct decoder *d, struct dovetail_change_compared *compared)
 		if (data != NULL)
 			memcpy(message->hash, data, sizeof(message->hash));
 	}
+	get_compared_attributes(d, compared);
 }
 
 static void get_spool(struct decoder *d, struct dovetail_change_spool *spool)

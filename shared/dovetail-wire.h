@@ -31,15 +31,21 @@
      SPOOL     16 bytes id  num offset  data to the end (1..128 KiB)
      HEARTBEAT nothing more; user is ""
      SHARD_REQUEST, SHARD_SWEPT   u8 shard  str node  num number; user is ""
-     VERIFY    num number  u8 flags  guid  str name  num uid_validity  digest
+     VERIFY    num number  u8 flags  guid  str name  num uid_validity
+               num at.index_id  num at.file_seq  num at.file_offset
+               digest  16 bytes attributes
      VERIFIED  str node  num number  guid  u8 result  num messages
                num texts (0..100), each: str of 1..1000 bytes, none of them
                0x00..0x1f or 0x7f
      COMPARE   guid  str name  num number  16 bytes key  ranges
      COMPARED  guid  num number  num uid_validity  num uid_next
-               num highest_modseq  ranges  uids (may have count 0)
+               num highest_modseq
+               num at.index_id  num at.file_seq  num at.file_offset
+               ranges  uids (may have count 0)
                num messages, ascending, each: num uid (one of uids)  u8 flags
-               num keywords, each str; 16 bytes hash
+               num keywords, each str; 16 bytes hash;
+               u8 with_attributes (0 or 1), if 1: num attributes, ascending,
+               each: attribute (with a value)
 
    digest := 16 bytes key  16 bytes sum  num count
    ranges := num ranges (0..4096), ascending, each: num uid1
@@ -54,6 +60,10 @@
      FLAGS     u8 add  u8 remove  uids
      KEYWORD_ADD, KEYWORD_REMOVE   str keyword  uids
      KEYWORD_RESET, EXPUNGE, EXISTS  uids  (EXISTS may have count 0)
+     ATTRIBUTE attribute
+
+   attribute := u8 (0x01: shared, 0x02: has a value)  str key (1..1000 bytes)
+                str value (0..64 KiB; only with 0x02)
 
    The encoding is canonical: what decodes, encodes to the same bytes again.
    History: version 1 is the first; the version stands in the entry header. */
@@ -102,6 +112,12 @@ bool dovetail_wire_reader_done(const struct dovetail_wire_reader *r);
 
 /* Append the change to buf. The caller guarantees what the structs promise. */
 void dovetail_change_encode(buffer_t *buf, const struct dovetail_change *change);
+/* Append one attribute, which dovetail_attributes_hash() takes for what it is. */
+void dovetail_attribute_encode(buffer_t *buf,
+			       const struct dovetail_attribute *attribute);
+/* -1, 0, 1 as a comes before, with, behind b in a list. */
+int dovetail_attribute_cmp(const struct dovetail_attribute *a,
+			   const struct dovetail_attribute *b);
 /* Append one op: senders build a MAILBOX change piece by piece. The change is
    encoded first, with an empty ops array. */
 void dovetail_op_encode(buffer_t *buf, const struct dovetail_op *op);

@@ -67,6 +67,7 @@ struct client {
 static struct dovetail_keyring *ring_a, *ring_b;
 static const char *const peers[] = { "b", "c", NULL };
 static uid_t next_uid;
+static uint64_t now_usecs;
 static struct client clients[CONNS];
 
 void fuzz_init(void)
@@ -87,6 +88,11 @@ void fuzz_init(void)
 }
 
 /* ---- in place of Dovecot's and of dovetail-queue.c's ---- */
+
+uint64_t dovetail_monotonic_usecs(void)
+{
+	return now_usecs;
+}
 
 int net_getunixcred(int fd ATTR_UNUSED, struct net_unix_cred *cred_r)
 {
@@ -433,6 +439,7 @@ static void do_tick(struct dovetail_queue *q, unsigned int secs)
 	struct timeval now = ioloop_timeval;
 	unsigned int i;
 
+	now_usecs += secs * 1000000ULL;
 	/* the clock is right again with the next turn of the ioloop, which is
 	   what happens to clocks */
 	ioloop_timeval.tv_sec += secs;
@@ -512,6 +519,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	struct dovetail_queue *q;
 	unsigned int i;
 
+	now_usecs = 1000000;
 	T_BEGIN {
 		q = queue_init();
 		while (in.size > 0) T_BEGIN {

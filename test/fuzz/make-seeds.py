@@ -282,6 +282,73 @@ def queue():
             change_frame(2, pair[0]) + all_answers
 
 
+def health():
+    def say(whom, data, how=0):
+        if isinstance(data, str):
+            data = data.encode()
+        return bytes([whom, how]) + block(data)
+
+    def counts(*values):
+        return b"".join(map(num, values or (0, 0, 0, 0)))
+
+    def peer(name, lag=0, entries=0, diverged=0, redis="", stuck="", age=1):
+        return b"".join([
+            string(name), b"\1", num(age), *map(num, (lag, entries, 9, 7, 0)),
+            counts(0, 0, 0, diverged), num(age), num(0), num(age),
+            *map(num, (lag, entries, 7, 0)), counts(), string(redis),
+            string(stuck)])
+
+    def trouble(user, kind=5, mailbox="INBOX", text="1 message on a"):
+        return b"".join([string("s3cr3t" + user), string(mailbox), string("a"),
+                         string("b"), bytes([kind]), num(5000), string(text)])
+
+    # sent in the future: as new as can be
+    def report(*peers, troubles=(), fenced="", unprotected="", redis="",
+               known=1):
+        return frame(
+            16, num(2 ** 50), bytes([known]), string("a"), b"\1\0",
+            string(fenced), string(unprotected), string(redis),
+            *map(num, (3, 4096, len(troubles), 0, 1000, 0, 1700000000)),
+            num(len(peers)), *peers, num(0), num(len(troubles)), *troubles)
+
+    def policy(recipient):
+        return "request=smtpd_access_policy\nprotocol_state=RCPT\n" \
+            "recipient=%s\n\n" % recipient
+
+    def get(user):
+        return frame(17, num(1), string(user))
+
+    well = say(0, report(peer("b"), peer("c")))
+    bad = say(0, report(peer("b", 70000, 5, 2), peer("c", redis="away"),
+                        troubles=[trouble("x"), trouble("y@z", 1, "")],
+                        unprotected='Redis is "away"\\\n'))
+    paths = ["/", "/health", "/history", "/healthz", "/readyz", "/primary",
+             "/replica", "/replica?lag=5", "/replica?lag=0.5",
+             "/replica?x=1&lag=500ms", "/replica?lag=1h", "/metrics", "/%00?"]
+    for first in well, bad, say(0, report(known=0)), \
+            say(0, report(fenced="by hand")), \
+            say(0, report(peer("b", stuck="no key", age=0))):
+        yield first + b"".join(say(4, path, i) for i, path in
+                               enumerate(paths[:6]))
+        yield first + b"".join(say(4, path, i) for i, path in
+                               enumerate(paths[6:]))
+        yield first + say(1, policy("s3cr3tx@example.org") * 2, 7) + \
+            say(2, "S3CR3TY+ext@z\r\n", 3) + say(2, "") + say(3, "", 0)
+        yield first + say(0, frame(1, num(1), num(1), b"\2") + get("*"), 5) + \
+            say(0, get("s3cr3tx")) + say(0, get(""))
+    keys = ["dovetail user%d@example.net" % i for i in range(9)]
+    asked = "".join("%d:%s," % (len(key), key) for key in keys)
+    yield well + say(6, asked, 1) + say(6, "0:,") + say(6, "4:a b ,")
+    yield bad + say(6, asked + "99999999999:") + say(6, "3:a b;") + \
+        say(6, "12:dovetail x@y,") + say(6, "7:a s3cr3tx,", 2)
+    yield bad + well + say(3, "agent\n") + say(1, "=\n\n") + \
+        say(2, "a\0b") + say(1, policy("x").replace("\n", "\r\n"), 1)
+    yield say(5, "POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n"
+              "\r\nabc") + say(5, "GET /health HTTP/1.0\r\n\r\n", 1) + \
+        say(5, "HEAD / HTTP/1.1\r\nHost: [::1]:80\r\n\r\n", 1) + \
+        say(5, "\x16\3\1\2\0\1\0")
+
+
 def replay():
     def do(what, whom=0, *more):
         return bytes([what, whom]) + b"".join(more)
@@ -338,7 +405,7 @@ def replay():
         do(7, 0, b"\x20") * 2 + do(5, 0, block(b"\0\0\0\0"))
 
 
-TARGETS = [answer, change, entry, keyring, queue, redis, replay, state, url]
+TARGETS = [answer, change, entry, health, keyring, queue, redis, replay, state, url]
 
 
 def main():

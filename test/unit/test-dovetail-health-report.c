@@ -85,7 +85,6 @@ static void test_report(void)
 	peer->to.rejected = 15;
 	peer->to.troubles.lacking = 16;
 	peer->to.troubles.diverged = 17;
-	peer->to.error = "te";
 	peer->from.age_msecs = 21;
 	peer->from.shards_missing = 22;
 	peer->from.heard_msecs = DOVETAIL_HEALTH_NEVER;
@@ -97,7 +96,6 @@ static void test_report(void)
 	peer->from.troubles.differing = 28;
 	peer->from.redis_error = "fr";
 	peer->from.stuck = "fs";
-	peer->from.error = "fe";
 	trouble_add(&report, "jane");
 	dovetail_health_report_put(buf, &report);
 
@@ -123,7 +121,6 @@ static void test_report(void)
 		    got_peer->to.rejected == 15 &&
 		    got_peer->to.troubles.lacking == 16 &&
 		    got_peer->to.troubles.diverged == 17);
-	test_assert_strcmp(got_peer->to.error, "te");
 	test_assert(got_peer->from.age_msecs == 21 &&
 		    got_peer->from.shards_missing == 22 &&
 		    got_peer->from.heard_msecs == DOVETAIL_HEALTH_NEVER &&
@@ -135,7 +132,6 @@ static void test_report(void)
 		    got_peer->from.troubles.differing == 28);
 	test_assert_strcmp(got_peer->from.redis_error, "fr");
 	test_assert_strcmp(got_peer->from.stuck, "fs");
-	test_assert_strcmp(got_peer->from.error, "fe");
 	test_assert(array_count(&got.troubles) == 1);
 	of = array_front(&got.troubles);
 	test_assert_strcmp(of->user, "jane");

@@ -68,6 +68,12 @@ static void test_dovetail_settings_defaults(void)
 	test_assert(set.health_warn == 0 && set.health_defer == 0);
 	test_assert(set.health_drain == 1U << DOVETAIL_HEALTH_FENCED);
 	test_assert(set.health_down == 0);
+	test_assert(set.health_transports[0] == NULL);
+	test_assert(set.health_domains[0] == NULL);
+	test_assert_strcmp(set.health_userdb,
+			   "/run/dovecot/auth-dovetail-userdb");
+	test_assert_strcmp(set.health_hook, "");
+	test_assert_strcmp(set.health_webhook, "");
 	test_end();
 }
 
@@ -97,6 +103,12 @@ static void test_dovetail_settings_all(void)
 		"dovetail_health_defer", "unprotected diverged",
 		"dovetail_health_drain", "none",
 		"dovetail_health_down", "fenced",
+		"dovetail_health_transports",
+			" a=lmtp:inet:10.77.0.1:24  b=lmtp:[x=y]:24",
+		"dovetail_health_domains", "example.net  example.org",
+		"dovetail_health_userdb", "none",
+		"dovetail_health_hook", "/usr/local/bin/page-me",
+		"dovetail_health_webhook", "https://chat.example.net/x?y=z",
 		"acl", "vfile",
 		NULL
 	};
@@ -133,6 +145,14 @@ static void test_dovetail_settings_all(void)
 					 (1U << DOVETAIL_HEALTH_DIVERGED)));
 	test_assert(set.health_drain == 0);
 	test_assert(set.health_down == 1U << DOVETAIL_HEALTH_FENCED);
+	test_assert_strcmp(t_strarray_join(set.health_transports, "|"),
+		"a|lmtp:inet:10.77.0.1:24|b|lmtp:[x=y]:24");
+	test_assert_strcmp(t_strarray_join(set.health_domains, "|"),
+			   "example.net|example.org");
+	test_assert(set.health_userdb == NULL);
+	test_assert_strcmp(set.health_hook, "/usr/local/bin/page-me");
+	test_assert_strcmp(set.health_webhook,
+			   "https://chat.example.net/x?y=z");
 
 	for (i = 0; pairs[i] != NULL; i += 2) {
 		test_assert_idx(dovetail_setting_name_is_known(pairs[i]) ==
@@ -172,6 +192,8 @@ static void test_dovetail_settings_unset(void)
 
 #define MUST_BEGIN \
 	"It must begin with redis://, rediss:// or unix:"
+
+#define NOT_URL(value) "'" value "' is not a URL: http://HOST[:PORT]/PATH or https://HOST[:PORT]/PATH"
 
 static void test_dovetail_settings_invalid(void)
 {
@@ -220,7 +242,16 @@ static void test_dovetail_settings_invalid(void)
 		{ "dovetail_health_queue_percent", "0", "'0' is not a number within 1 and 100" },
 		{ "dovetail_health_queue_percent", "101", "'101' is not a number within 1 and 100" },
 		{ "dovetail_health_warn", "ok", "'ok' is none of catching-up, lagging, unknown, diverged, stalled, unprotected, fenced, none" },
+		{ "dovetail_health_transports", "lmtp:inet:10.77.0.1:24", "'lmtp:inet:10.77.0.1:24' is not NODE=TRANSPORT, such as a=lmtp:inet:10.77.0.1:24 (separated by spaces)" },
+		{ "dovetail_health_transports", "a=", "'a=' is not NODE=TRANSPORT, such as a=lmtp:inet:10.77.0.1:24 (separated by spaces)" },
+		{ "dovetail_health_transports", "a=x,b=y", "'a=x,b=y' is not NODE=TRANSPORT, such as a=lmtp:inet:10.77.0.1:24 (separated by spaces)" },
+		{ "dovetail_health_transports", "a=x d=y", "'d' is neither this node (dovetail_node) nor one of dovetail_peers" },
+		{ "dovetail_health_transports", "a=x b=y a=z", "'a' is there twice" },
+		{ "dovetail_health_domains", "x@y", "'x@y' is not a domain (they are separated by spaces; *: all)" },
 		{ "dovetail_health_defer", "lagging,stalled", "'lagging,stalled' is none of catching-up, lagging, unknown, diverged, stalled, unprotected, fenced, none" },
+		{ "dovetail_health_hook", "page-me", "'page-me' does not begin with /" },
+		{ "dovetail_health_webhook", "ftp://x/", NOT_URL("ftp://x/") },
+		{ "dovetail_health_webhook", "http://x/ y", NOT_URL("http://x/ y") },
 	};
 	struct dovetail_settings set;
 	const char *error;
@@ -369,6 +400,9 @@ static void test_dovetail_settings_dovecot(void)
 	test_assert(set.health_defer == set2.health_defer);
 	test_assert(set.health_drain == set2.health_drain);
 	test_assert(set.health_down == set2.health_down);
+	test_assert(set2.health_transports[0] == NULL &&
+		    set2.health_domains[0] == NULL);
+	test_assert_strcmp(set.health_userdb, set2.health_userdb);
 
 	test_assert(settings_parse_keyvalue(parser, "dovetail_ack_timeout",
 					    "1500ms") > 0);

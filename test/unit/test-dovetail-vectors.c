@@ -145,6 +145,15 @@ static void text_append(string_t *str, const struct dovetail_op_append *append)
 	}
 }
 
+static void
+text_attribute(string_t *str, const struct dovetail_attribute *attribute)
+{
+	text_str(str, attribute->shared ? " | attribute shared " :
+		 " | attribute private ", attribute->key);
+	if (attribute->value != NULL)
+		text_str(str, " value=", attribute->value);
+}
+
 static void text_op(string_t *str, const struct dovetail_op *op)
 {
 	switch (op->type) {
@@ -170,6 +179,9 @@ static void text_op(string_t *str, const struct dovetail_op *op)
 	case DOVETAIL_OP_EXISTS:
 		str_append(str, " | exists");
 		break;
+	case DOVETAIL_OP_ATTRIBUTE:
+		text_attribute(str, &op->attribute);
+		return;
 	}
 	str_append(str, " uids=");
 	text_uids(str, &op->uids);
@@ -241,6 +253,8 @@ text_verify(string_t *str, const struct dovetail_change_verify *verify)
 		    verify->at.index_id, verify->at.file_seq,
 		    verify->at.file_offset);
 	text_digest(str, &verify->digest);
+	text_hex(str, " attributes=", verify->attributes,
+		 sizeof(verify->attributes));
 }
 
 static void
@@ -285,6 +299,7 @@ static void
 text_compared(string_t *str, const struct dovetail_change_compared *compared)
 {
 	const struct dovetail_compared_message *message;
+	const struct dovetail_attribute *attribute;
 
 	text_hex(str, " guid=", compared->guid, GUID_128_SIZE);
 	str_printfa(str, " number=%u uid_validity=%u uid_next=%u "
@@ -301,6 +316,9 @@ text_compared(string_t *str, const struct dovetail_change_compared *compared)
 		text_keywords(str, message->keywords);
 		text_hex(str, " hash=", message->hash, sizeof(message->hash));
 	}
+	str_printfa(str, " | with_attributes=%d", compared->with_attributes);
+	array_foreach(&compared->attributes, attribute)
+		text_attribute(str, attribute);
 }
 
 static void text_change(string_t *str, const struct dovetail_change *change)

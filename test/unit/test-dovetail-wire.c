@@ -1137,7 +1137,7 @@ static void test_wire_change_refused(void)
 		"shard change: node is not a node name");
 	REFUSED(mailbox_fill(&change), i_zero(&change.u.mailbox.guid),
 		"mailbox change: guid is zero");
-	REFUSED(mailbox_fill(&change), change.u.mailbox.flags = 0x10,
+	REFUSED(mailbox_fill(&change), change.u.mailbox.flags = 0x20,
 		"mailbox change: flags has unknown bits");
 	REFUSED(mailbox_fill(&change),
 		change.u.mailbox.flags = DOVETAIL_MAILBOX_MORE,

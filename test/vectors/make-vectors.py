@@ -271,7 +271,7 @@ SUM = bytes(range(0xf0, 0x100))
 HASH = bytes(range(0xa0, 0xb0))
 
 ANSWERED, FLAGGED, DELETED, SEEN, DRAFT = 1, 2, 4, 8, 16
-SNAPSHOT, MORE, DIGEST, MESSAGES = 1, 2, 4, 8
+SNAPSHOT, MORE, DIGEST, MESSAGES, ATTRIBUTES = 1, 2, 4, 8, 16
 DEEP, EXPLAIN, REPAIR = 1, 2, 4
 EQUAL, DIFFERENT, REPAIRED, UNKNOWN = range(1, 5)
 CREATE, CREATE_DIR, DELETE, RENAME, SUBSCRIBE, UNSUBSCRIBE, UPDATE = range(1, 8)
@@ -359,6 +359,20 @@ def exists(ranges):
     return uids_op(7, "exists", ranges)
 
 
+def attribute(key, value=None, shared=False):
+    """as it stands in a COMPARED, and behind an op's type"""
+    text = "attribute %s %s" % ("shared" if shared else "private", qstr(key))
+    if value is None:
+        return bytes([shared]) + bstr(key), text
+    return (bytes([2 | shared]) + bstr(key) + bstr(value),
+            text + " value=" + qstr(value))
+
+
+def attribute_op(*args, **kw):
+    data, text = attribute(*args, **kw)
+    return b"\x08" + data, text
+
+
 def list_(action, guid=NO_GUID, name="Archive", new_name="", uid_validity=0,
           uid_next=0, user="alice"):
     return (head(2, user) + bytes([action]) + guid + bstr(name) +
@@ -411,14 +425,16 @@ def shard_change(kind, shard=3, node="node-1.b", number=2**32 - 1, user=""):
 
 
 def verify(number=7, flags=0, guid=GUID_A, name="INBOX",
-           uid_validity=1700000000, digest_=None, at=(5, 1, 96), user="alice"):
+           uid_validity=1700000000, digest_=None, at=(5, 1, 96), user="alice",
+           attributes=HASH):
     digest_ = digest_ or digest()
     return (head(9, user) + num(number) + bytes([flags]) + guid + bstr(name) +
-            num(uid_validity) + b"".join(map(num, at)) + digest_[0],
+            num(uid_validity) + b"".join(map(num, at)) + digest_[0] +
+            attributes,
             "verify user=%s number=%d flags=%d guid=%s name=%s "
-            "uid_validity=%d at=%d:%d:%d %s" %
+            "uid_validity=%d at=%d:%d:%d %s attributes=%s" %
             (qstr(user), number, flags, guid.hex(), qstr(name), uid_validity,
-             *at, digest_[1]))
+             *at, digest_[1], attributes.hex()))
 
 
 def verified(result=EQUAL, texts=(), node="b", number=7, guid=GUID_A,
@@ -459,16 +475,24 @@ def compared_message(uid, flags=0, keywords=(), hash_=HASH):
 
 def compared(ranges=(), uid_ranges=(), messages=(), guid=GUID_A, number=7,
              uid_validity=1700000000, uid_next=8, modseq=42, at=(5, 1, 96),
-             user="alice"):
+             user="alice", attributes=None):
+    """attributes: None: not with them"""
     data, text = ranges_(ranges)
+    with_attributes = attributes is not None
     return (head(12, user) + guid + num(number) + num(uid_validity) +
             num(uid_next) + num(modseq) + b"".join(map(num, at)) + data +
             uids(uid_ranges) +
-            num(len(messages)) + b"".join(m[0] for m in messages),
+            num(len(messages)) + b"".join(m[0] for m in messages) +
+            bytes([with_attributes]) +
+            (num(len(attributes)) + b"".join(a[0] for a in attributes)
+             if with_attributes else b""),
             "compared user=%s guid=%s number=%d uid_validity=%d uid_next=%d "
             "highest_modseq=%d at=%d:%d:%d%s | uids=%s" %
             (qstr(user), guid.hex(), number, uid_validity, uid_next, modseq,
-             *at, text, quids(uid_ranges)) + "".join(m[1] for m in messages))
+             *at, text, quids(uid_ranges)) +
+            "".join(m[1] for m in messages) +
+            " | with_attributes=%d" % with_attributes +
+            "".join(" | " + a[1] for a in attributes or ()))
 
 
 # ---- digests ----
@@ -681,6 +705,20 @@ def make_changes():
     ok("ops keep their order",
        mailbox([append(inline=BODY), flags(SEEN, 0, [(7, 7)]),
                 keyword_add("a", [(7, 7)]), expunge([(7, 7)])]))
+    ok("ATTRIBUTE", mailbox([attribute_op("comment", "Prüfung")]))
+    ok("ATTRIBUTE, shared, of an empty value",
+       mailbox([attribute_op("vendor/vendor.dovecot/x", "", True)]))
+    ok("ATTRIBUTE that is gone", mailbox([attribute_op("comment")]))
+    ok("ATTRIBUTE, shared, that is gone",
+       mailbox([attribute_op("comment", shared=True)]))
+    ok("ATTRIBUTE, the longest key", mailbox([attribute_op("k" * 1000, "v")]))
+    data, text = mailbox([attribute_op("k", "v" * 65536)])
+    f.ok("ATTRIBUTE, the largest value", "change",
+         data[:-65536].hex() + " 76*65536", text)
+    ok("SNAPSHOT with all ATTRIBUTES",
+       mailbox([exists([(1, 1)]), attribute_op("a", "1"),
+                attribute_op("a", "2", True)],
+               flags=SNAPSHOT | ATTRIBUTES, frm=(0, 0, 0)))
     ok("SNAPSHOT: EXISTS stands first",
        mailbox([exists([(1, 2), (5, 5)]), flags(SEEN, 0, [(5, 5)]),
                 keyword_add("a", [(1, 1)]), append(copy=(GUID_A, 7))],
@@ -738,6 +776,8 @@ def make_changes():
     ok("VERIFY with everything",
        verify(2**32 - 1, DEEP | EXPLAIN | REPAIR, GUID_B, "Archiv\tPrüfung",
               2**32 - 1, digest(count=2**32 - 1)))
+    ok("VERIFY that says nothing of attributes",
+       verify(attributes=bytes(16)))
     ok("VERIFIED: equal", verified())
     ok("VERIFIED: different, and how",
        verified(DIFFERENT, ["uid 5: flags", "uid 7: is not there"]))
@@ -767,6 +807,13 @@ def make_changes():
     ok("COMPARED: the shortest messages",
        compared((), [(1, 3)], [compared_message(uid) for uid in (1, 2, 3)]))
     ok("COMPARED: none of these messages is there", compared((), [(1, 7)]))
+    ok("COMPARED: without any attribute", compared(attributes=()))
+    ok("COMPARED: attributes, private ones first",
+       compared(attributes=[attribute("a", "1"), attribute("aa", ""),
+                            attribute("b", "2"), attribute("a", "3", True)]))
+    ok("COMPARED: messages and attributes",
+       compared((), [(1, 1)], [compared_message(1)],
+                attributes=[attribute("comment", "x")]))
     ok("COMPARED: the largest numbers, ranges and messages",
        compared([(1, 1, 0, SUM)], [(5, 5)], [compared_message(5)], GUID_B,
                 2**32 - 1, 2**32 - 1, 2**32 - 1, 2**64 - 1))
@@ -795,10 +842,11 @@ def bad_verify(bad):
     bad("VERIFY: digest of a count of 33 bits",
         verify(digest_=digest(count=2**32)), "verify: count")
     data = verify(digest_=digest(count=3))[0]
-    for size, field in ((1, "count"), (2, "digest"), (17, "digest"),
-                        (18, "key"), (33, "key"), (34, "at"), (36, "at"),
-                        (37, "uid_validity"), (42, "name"), (47, "name"),
-                        (48, "guid"), (64, "flags"), (65, "number")):
+    for size, field in ((1, "attributes"), (16, "attributes"),
+                        (17, "count"), (18, "digest"), (33, "digest"),
+                        (34, "key"), (49, "key"), (50, "at"), (52, "at"),
+                        (53, "uid_validity"), (58, "name"), (63, "name"),
+                        (64, "guid"), (80, "flags"), (81, "number")):
         bad("VERIFY cut off, %d bytes from its end" % size, data[:-size],
             "verify: %s is cut off" % field)
     bad("VERIFY with a byte left over", data + b"\x00", "verify: end")
@@ -909,27 +957,27 @@ def bad_compared(f, bad):
     bad("COMPARED: highest_modseq of 65 bits",
         compared(modseq=2**64), "compared: highest_modseq")
     data = compared()[0]
-    for size, field in ((1, "messages"), (2, "uids"), (3, "ranges"),
-                        (4, "at"), (6, "at"), (7, "highest_modseq"),
-                        (8, "uid_next"), (9, "uid_validity"), (14, "number"),
-                        (15, "guid")):
+    for size, field in ((1, "with_attributes"), (2, "messages"), (3, "uids"),
+                        (4, "ranges"), (5, "at"), (7, "at"),
+                        (8, "highest_modseq"), (9, "uid_next"),
+                        (10, "uid_validity"), (15, "number"), (16, "guid")):
         bad("COMPARED cut off, %d bytes from its end" % size, data[:-size],
             "compared: %s is cut off" % field)
     # nothing is read behind ranges that are refused
     bad_ranges(f, bad, "compared",
-               lambda ranges=(): (compared(ranges)[0][:-2], ""))
+               lambda ranges=(): (compared(ranges)[0][:-3], ""))
     bad("COMPARED: more uids than bytes",
-        data[:-2] + num(2**32) + num(0) * 2, "compared: uids")
+        data[:-3] + num(2**32) + num(0) * 2, "compared: uids")
     bad("COMPARED: a uid past the last",
-        data[:-2] + num(1) + num(2**32 - 1) + num(0) + num(0),
+        data[:-3] + num(1) + num(2**32 - 1) + num(0) + num(0),
         "compared: uids")
 
     def message(*messages, uid_ranges=((1, 3), (5, 9))):
         return compared((), uid_ranges, messages)
 
     one = compared_message(5, SEEN, ["a"])
-    for size, field in ((1, "hash"), (16, "hash"), (17, "keywords"),
-                        (18, "keywords")):
+    for size, field in ((2, "hash"), (17, "hash"), (18, "keywords"),
+                        (19, "keywords")):
         bad("COMPARED: message cut off, %d bytes from its end" % size,
             message(compared_message(5, SEEN, ["a" * 40]))[0][:-size],
             "compared: " + field)
@@ -954,14 +1002,32 @@ def bad_compared(f, bad):
     bad("COMPARED: keyword with a NUL",
         message(compared_message(5, 0, ["\0"])), "compared: keywords")
     bad("COMPARED: more keywords than bytes",
-        message()[0][:-1] + num(1) + num(5) + b"\0" + num(2**32 - 1) + HASH,
+        message()[0][:-2] + num(1) + num(5) + b"\0" + num(2**32 - 1) + HASH,
         "compared: keywords")
     bad("COMPARED: more messages than bytes",
-        message()[0][:-1] + num(2) + one[0], "compared: messages")
+        message()[0][:-2] + num(2) + one[0], "compared: messages")
     bad("COMPARED: a count no machine has",
-        message()[0][:-1] + num(2**64 - 1) + one[0], "compared: messages")
+        message()[0][:-2] + num(2**64 - 1) + one[0], "compared: messages")
     bad("COMPARED with a byte left over", message(one)[0] + b"\x00",
         "compared: end")
+    bad("COMPARED: with_attributes of 2", data[:-1] + b"\x02",
+        "compared: with_attributes")
+    bad("COMPARED: more attributes than bytes",
+        compared(attributes=())[0][:-1] + num(2) + attribute("a", "b")[0],
+        "compared: attributes")
+    bad("COMPARED: attributes cut off",
+        compared(attributes=[attribute("a", "bcd")])[0][:-1],
+        "compared: attribute value")
+    for name, pair in (
+            ("twice", [attribute("a", "1"), attribute("a", "2")]),
+            ("that go down", [attribute("b", "1"), attribute("a", "1")]),
+            ("with a shared one first",
+             [attribute("a", "1", True), attribute("b", "1")])):
+        bad("COMPARED: attributes " + name, compared(attributes=pair),
+            "compared: attributes are not in order")
+    bad("COMPARED: attribute without a value",
+        compared(attributes=[attribute("abc")]),
+        "compared: attribute value is missing")
 
 
 def make_refused_changes():
@@ -995,7 +1061,7 @@ def make_refused_changes():
         "mailbox change: uid_next")
     bad("MAILBOX: file_offset of 33 bits", mailbox(to=(1, 1, 2**32)),
         "mailbox change: to")
-    bad("MAILBOX: unknown flag", mailbox(flags=16), "mailbox change: flags")
+    bad("MAILBOX: unknown flag", mailbox(flags=32), "mailbox change: flags")
     bad("MAILBOX: MORE goes with SNAPSHOT and MESSAGES only",
         mailbox(flags=MORE), "mailbox change: flags")
     bad("MAILBOX: MORE does not go with DIGEST alone",
@@ -1033,7 +1099,8 @@ def make_refused_changes():
                      (keyword_remove("a", [(7, 7)]), "keyword_remove"),
                      (keyword_reset([(7, 7)]), "keyword_reset"),
                      (expunge([(7, 7)]), "expunge"),
-                     (exists([(7, 7)]), "exists")):
+                     (exists([(7, 7)]), "exists"),
+                     (attribute_op("a", "b"), "attribute")):
         bad("MESSAGES have no op but APPEND: " + name,
             mailbox([append(inline=BODY), op], flags=MESSAGES, **zero),
             "mailbox change: %s 2: type" % name)
@@ -1047,8 +1114,15 @@ def make_refused_changes():
                 frm=(0, 0, 0)), "mailbox change: exists 2: type")
     bad("EXISTS outside of a SNAPSHOT", mailbox([exists([(1, 1)])]),
         "mailbox change: exists 1: type")
+    bad("ATTRIBUTES are a SNAPSHOT's", mailbox(flags=ATTRIBUTES),
+        "mailbox change: flags")
+    bad("ATTRIBUTES do not go with MORE",
+        mailbox([exists([])], flags=SNAPSHOT | MORE | ATTRIBUTES,
+                frm=(0, 0, 0)), "mailbox change: flags")
+    bad("ATTRIBUTES do not go with MESSAGES",
+        mailbox(flags=MESSAGES | ATTRIBUTES, **zero), "mailbox change: flags")
     bad("op of type 0", box(b"\x00"), "mailbox change: op 1: type")
-    bad("op of a newer version", box(b"\x08"), "mailbox change: op 1: type")
+    bad("op of a newer version", box(b"\x09"), "mailbox change: op 1: type")
     bad("APPEND of uid 0", mailbox([append(uid=0, inline=BODY)]),
         "append 1: uid")
     bad("APPEND of a uid of 33 bits", mailbox([append(uid=2**32, inline=BODY)]),
@@ -1097,6 +1171,21 @@ def make_refused_changes():
         "keyword_reset 1: uids")
     bad("EXPUNGE: more ranges than bytes", box(b"\x06\x02\x00\x00\x00"),
         "expunge 1: uids")
+    bad("ATTRIBUTE without a key", mailbox([attribute_op("", "v")]),
+        "attribute 1: attribute key")
+    bad("ATTRIBUTE: key too long", mailbox([attribute_op("k" * 1001, "v")]),
+        "attribute 1: attribute key")
+    bad("ATTRIBUTE: key with a NUL", mailbox([attribute_op("a\0b", "v")]),
+        "attribute 1: attribute key")
+    bad("ATTRIBUTE: value with a NUL", mailbox([attribute_op("a", "\0")]),
+        "attribute 1: attribute value")
+    bad("ATTRIBUTE: unknown flag", box(b"\x08\x04\x01a"),
+        "attribute 1: attribute flags")
+    bad("ATTRIBUTE: value cut off", box(b"\x08\x02\x01a\x02b"),
+        "attribute 1: attribute value")
+    data = mailbox([attribute_op("k", "v" * 65537)])[0]
+    f.bad("ATTRIBUTE: value too large", "change",
+          data[:-65537].hex() + " 76*65537", "attribute 1: attribute value")
     bad("the second op is named by its number",
         mailbox([expunge([(1, 1)]), expunge([])]), "expunge 2: uids")
     bad("LIST: action 0", list_(0), "list change: action")
