@@ -61,6 +61,28 @@ def stat(pid):
     return (utime + stime) / TICKS, (cutime + cstime) / TICKS
 
 
+def cpu(cluster):
+    """{(side, program): CPU seconds}, with children that have ended."""
+    found = collections.Counter()
+    for server, side in ((cluster.a, "primary"), (cluster.b, "replica"),
+                         (cluster.redis, "redis")):
+        leader = server.process.pid
+        for pid in fixture.session_pids(leader):
+            with contextlib.suppress(OSError):
+                own, ended = stat(pid)
+                # Debian's redis-server is a link to another name
+            found[side, "redis-server" if side == "redis" else
+                  fixture.executable(pid)] += own + ended
+    return found
+
+
+def redis_bytes(cluster):
+    """{"input": bytes Redis got, "output": bytes it sent}"""
+    info = cluster.redis.cli("info", "stats")
+    return {word: int(re.search(r"total_net_%s_bytes:(\d+)" % word, info)[1])
+            for word in ("input", "output")}
+
+
 def peak(pid):
     """VmHWM in MB."""
     with open("/proc/%d/status" % pid) as f:

@@ -113,6 +113,12 @@ class Control:
         end = begin + min(self.get(TRACE_USED), TRACE_SIZE)
         return self.map[begin:end].decode(errors="replace").splitlines()
 
+    def last_steps(self, count):
+        """Of the process that was hit. The trace's lines are in the order of
+        their ends."""
+        return [line for line in self.trace() if "[%d]" % self.hit in line][
+            -count:] if self.hit else []
+
     def heard(self, service):
         """The living processes of a service that Dovecot's master has heard of:
         if others die it takes the service for broken, and waits before it

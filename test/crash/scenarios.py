@@ -410,6 +410,19 @@ def repair(run):
         run.lmtp(journal, "behind it")
 
 
+def rebuild(run):
+    """A replica's mailbox lost messages, and gets them back in their places when
+    the primary's next digest comes."""
+    journal = run.journal()
+    run.lmtp(journal, "two again")
+    run.pair.wait_equal(journal.user)
+    run.pair.nodes[1].doveadm(
+        "-o", "mail_plugins=", "expunge", "-u", journal.user.name, "mailbox",
+        "INBOX", "uid", "1:2")
+    yield
+    run.lmtp(journal, "behind it")
+
+
 def backlog(run):
     """dovetail-queue comes up where a replica has not read yet."""
     journals = [run.journal() for _ in range(3)]
@@ -452,4 +465,4 @@ SCENARIOS = {f.__name__: f for f in (
     lmtp, lmtp_large, first_mail, append, append_large, multiappend,
     doveadm_save, store, keyword, copy, copy_large, move, expunge,
     doveadm_expunge, create, rename, rename_parent, delete, delete_and_create,
-    subscribe, burst, repair, backlog, outage)}
+    subscribe, burst, repair, rebuild, backlog, outage)}

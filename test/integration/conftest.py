@@ -19,7 +19,11 @@ NOISE = re.compile(r"imap-login: |Disconnected: |: Disconnect from ")
 
 
 def new_lines(node):
-    return node.log_text()[node.log_offset:].splitlines()
+    try:
+        return node.log_text()[node.log_offset:].splitlines()
+    except FileNotFoundError:
+        # its cluster could not be started
+        return []
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -44,6 +48,9 @@ def logs():
         for node in cluster.nodes:
             node.log_offset = len(node.log_text())
     yield
+    for cluster in clusters.live:
+        for node in cluster.nodes:
+            node.wait_killed()
     unexpected = [
         "node %s: %s" % (node.name, line)
         for cluster in clusters.live for node in cluster.nodes

@@ -280,6 +280,12 @@ service stats {{
 """
 
 SERVICES = """
+service auth {{
+  unix_listener auth-dovetail-userdb {{
+    mode = 0600
+    user = {internal_user}
+  }}
+}}
 service dovetail-queue {{
   executable = {libexec}/dovetail-queue
   user = root
@@ -318,6 +324,9 @@ service dovetail-health {{
   unix_listener dovetail-policy {{
     mode = 0666
   }}
+  unix_listener dovetail-socketmap {{
+    mode = 0666
+  }}
   unix_listener dovetail-exim {{
     mode = 0666
   }}
@@ -326,6 +335,9 @@ service dovetail-health {{
   }}
   unix_listener dovetail-http {{
     mode = 0666
+  }}
+  unix_listener dovetail-admin {{
+    mode = 0600
   }}
 }}
 """

@@ -4,13 +4,15 @@ import contextlib
 import json
 import os
 import re
+import select
+import signal
 import socket
 import struct
 import time
 
 import pytest
 
-from cluster import MAIL_USER, Cluster, mail, wait_for
+from cluster import MAIL_USER, Cluster, mail, send, wait_for
 from test_verify import filled, lose_a_message
 
 # Everything is noticed in seconds here, and not in a minute.
@@ -54,6 +56,45 @@ def exim(node, recipient=""):
             re.findall(r'(\w+)=("[^"]*"|\S+)', line)}
 
 
+class Socketmap:
+    """A connection that stays open, as Postfix' trivial-rewrite keeps it."""
+
+    def __init__(self, node):
+        self.socket = connect(node, "socketmap")
+        self.buffer = b""
+
+    def send(self, key, name="dovetail"):
+        text = ("%s %s" % (name, key)).encode()
+        self.socket.sendall(b"%d:%s," % (len(text), text))
+
+    def answer(self):
+        while not (match := re.match(rb"(\d+):", self.buffer)) or \
+                len(self.buffer) <= match.end() + int(match[1]):
+            data = self.socket.recv(4096)
+            assert data, "no answer"
+            self.buffer += data
+        end = match.end() + int(match[1])
+        text, rest = self.buffer[match.end():end], self.buffer[end:]
+        assert rest[:1] == b","
+        self.buffer = rest[1:]
+        return text.decode()
+
+    def ask(self, key):
+        self.send(key)
+        return self.answer()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.socket.close()
+
+
+def route(node, address):
+    with Socketmap(node) as connection:
+        return connection.ask(address)
+
+
 def state(node, recipient=""):
     return exim(node, recipient)["state"]
 
@@ -86,11 +127,11 @@ def policy(node, recipient="nobody@example.org"):
         return connection.ask(recipient)
 
 
-def http(node, target, method="GET"):
+def http(node, target, method="GET", headers=""):
     """(status, body)"""
     answer = ask(node, "http", (
-        "%s %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % (
-            method, target)).encode()).decode()
+        "%s %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n%s\r\n" % (
+            method, target, headers)).encode()).decode()
     head, _, body = answer.partition("\r\n\r\n")
     return int(head.split()[1]), body
 
@@ -113,7 +154,8 @@ def direction(node, name):
 
 def metrics(node):
     """{name{labels}: value}; the syntax is checked."""
-    code, text = http(node, "/metrics")
+    code, text = http(node, "/metrics", headers=(
+        "Accept: application/openmetrics-text;version=1.0.0,*/*;q=0.1\r\n"))
     assert code == 200 and text.endswith("# EOF\n")
     families, samples, family = {}, {}, None
     for line in text.splitlines()[:-1]:
@@ -139,16 +181,20 @@ def metrics(node):
 
 
 def wait_ok(*nodes):
+    """... also after a reload, when there is no answer for a moment."""
+    def is_ok(node):
+        with contextlib.suppress(OSError, IndexError):
+            return health(node)["state"] == "ok"
     for node in nodes:
-        wait_for(lambda: health(node)["state"] == "ok",
-                 "%s to be ok" % node.name)
+        wait_for(lambda: is_ok(node), "%s to be ok" % node.name)
 
 
 def wait_state(node, *states, recipient="", timeout=20):
     """Until that is told, and one of these; returns the whole answer."""
     def look():
-        answer = exim(node, recipient)
-        return answer if answer["state"] in states else None
+        with contextlib.suppress(OSError, AssertionError):
+            answer = exim(node, recipient)
+            return answer if answer["state"] in states else None
     return wait_for(look, "%s on %s" % ("/".join(states), node.name), timeout)
 
 
@@ -189,7 +235,7 @@ def test_ok(well):
     for lag in ("5", "5s", "0.5", "500ms"):
         assert status(b, "/replica?lag=" + lag) == 200
     assert status(b, "/replica?lag=soon") == 400
-    assert status(a, "/") == 404
+    assert status(a, "/nothing") == 404
     assert http(a, "/health", "POST")[0] == 405
 
 
@@ -435,23 +481,71 @@ def test_diverged(new_cluster):
 
 
 def test_unprotected_is_deferred(new_cluster):
-    """... before the mail is accepted, if that is wanted."""
+    """... before the mail is accepted, if that is wanted, and not a moment
+    longer than it has to be, whatever is told for how long."""
     cluster = new_cluster(["sdbox", "sdbox"], settings=dict(
         FAST, dovetail_health_defer="unprotected",
-        dovetail_health_down="unprotected"))
-    a = cluster.a
+        dovetail_health_warn="stalled unknown",
+        dovetail_health_down="unprotected", dovetail_health_calm="8s"))
+    a, b = cluster.nodes
     wait_ok(a)
-    cluster.expect_errors(*OUTAGE)
+    cluster.expect_errors(*OUTAGE, r"killed with signal 9",
+                          r"dovetail.queue")
     cluster.redis.stop()
     wait_for(lambda: policy(a).startswith("DEFER_IF_PERMIT 4.3.2"),
              "mail to be deferred")
     assert exim(a)["action"] == "defer"
-    assert ask(a, "agent") == b"down#unprotected\n"
+    wait_for(lambda: ask(a, "agent") == b"down #unprotected\n", "the state")
     assert status(a, "/readyz") == 503
     assert metrics(a)['dovetail_health_actions_total{action="defer"}'] >= 1
+    # not only the worst state counts
+    wait_for(lambda: direction(a, "to")["state"] == "unknown",
+             "the direction to be unknown")
     cluster.redis.start()
-    wait_for(lambda: policy(a) == "DUNNO", "mail to be accepted")
+    wait_for(lambda: not policy(a).startswith("DEFER"),
+             "mail to be accepted")
+    assert health(a)["state"] == "unprotected"
+    assert policy(a).startswith("WARN dovetail: unknown")
+    wait_ok(a)
     assert ask(a, "agent") == b"up ready 100%\n"
+    assert policy(a) == "DUNNO"
+
+    # When nobody is there to protect it, that is so at once; but states are
+    # told as before, since it may just be a restart.
+    a.kill_service("dovetail-queue")
+    wait_for(lambda: policy(a).startswith("DEFER_IF_PERMIT"),
+             "mail to be deferred", 1)
+    assert state(a, "") in ("ok", "catching-up", "unknown")
+    wait_for(lambda: not policy(a).startswith("DEFER"),
+             "mail to be accepted")
+    wait_ok(a)
+    with a.paused("dovetail-queue"):
+        wait_for(lambda: policy(a).startswith("DEFER_IF_PERMIT"),
+                 "mail to be deferred", 10)
+    wait_for(lambda: not policy(a).startswith("DEFER"),
+             "mail to be accepted")
+
+    # A replica that is away is not needed for "queued".
+    b.stop()
+    wait_for(lambda: direction(a, "to")["state"] == "stalled",
+             "the replica to be missed", 30)
+    assert policy(a).startswith("WARN dovetail: stalled")
+    b.start()
+
+
+def test_unapplied_is_deferred(new_cluster):
+    """With dovetail_ack = applied a replica is needed."""
+    cluster = new_cluster(["sdbox", "sdbox"], settings=dict(
+        FAST, dovetail_ack="applied", dovetail_ack_timeout="200ms",
+        dovetail_health_defer="unprotected"))
+    a, b = cluster.nodes
+    wait_ok(a)
+    b.stop()
+    wait_for(lambda: policy(a).startswith("DEFER_IF_PERMIT"),
+             "mail to be deferred", 30)
+    b.start()
+    wait_for(lambda: policy(a) == "DUNNO", "mail to be accepted")
+    wait_ok(a, b)
 
 
 def test_warn(new_cluster):
@@ -467,26 +561,187 @@ def test_warn(new_cluster):
     cluster.redis.start()
 
 
+# ---- routing
+
+def without_domain(line):
+    """Users are known by what stands before the @."""
+    return "auth_username_format = %s\n" % (
+        "%{user | username | lower}" if line.is_24 else "%Ln")
+
+
+ROUTES = {"dovetail_health_transports": "a=lmtp:inet:a.example:24 "
+                                        "b=lmtp:inet:b.example:24",
+          "dovetail_health_domains": "example.net example.org"}
+
+
+@pytest.fixture(scope="module")
+def routed():
+    """Nodes whose users have primaries of their own."""
+    with Cluster(["sdbox", "sdbox"], settings=dict(FAST, **ROUTES),
+                 conf=without_domain) as cluster:
+        cluster.on_a = cluster.user()
+        cluster.on_b = cluster.user(primary=cluster.b)
+        yield cluster
+
+
+def test_route(routed):
+    """Every node says the same, and nothing of others' mail."""
+    for node in routed.nodes:
+        with Socketmap(node) as connection:
+            # again: it is remembered
+            for _ in range(2):
+                for domain in ("example.net", "EXAMPLE.org"):
+                    assert connection.ask("%s@%s" % (routed.on_a, domain)) == \
+                        "OK lmtp:inet:a.example:24"
+                    assert connection.ask("%s@%s" % (routed.on_b, domain)) == \
+                        "OK lmtp:inet:b.example:24"
+            for key in ("%s@example.com" % routed.on_a, str(routed.on_a), "*",
+                        "nobody@example.net", "@example.net", "example.net",
+                        ".example.net", "", "x@", "a b@example.net",
+                        "\t@example.net", "x" * 600 + "@example.net",
+                        "%s+x@example.net" % routed.on_a):
+                assert connection.ask(key) == "NOTFOUND ", key
+
+
+def test_route_many(routed):
+    """Several questions at once, in pieces, are answered in their order."""
+    users = [routed.on_a, routed.on_b] * 20
+    with Socketmap(routed.a) as connection:
+        text = b"".join(b"%d:%s," % (len(t), t) for t in (
+            b"map %s@example.net" % str(user).encode() for user in users))
+        for i in range(0, len(text), 70):
+            connection.socket.sendall(text[i:i + 70])
+        for user in users:
+            assert connection.answer() == "OK lmtp:inet:%s.example:24" % \
+                user.primary.name
+        # one that ends while it waits for its answer, and one that only says
+        # that there will be no more
+        connection.send("other1@example.net")
+    with Socketmap(routed.a) as connection:
+        connection.send("other2@example.net")
+        connection.socket.shutdown(socket.SHUT_WR)
+        assert connection.answer() == "NOTFOUND "
+        assert connection.socket.recv(10) == b""
+
+
+def test_route_without_redis(routed):
+    """What is asked is the userdb, and only that."""
+    routed.expect_errors(*OUTAGE)
+    routed.redis.stop()
+    try:
+        wait_state(routed.a, "unprotected")
+        with routed.a.paused("dovetail-queue"):
+            time.sleep(4)
+            assert state(routed.a) in ("unknown", "unprotected")
+            assert route(routed.a, "%s@example.net" % routed.on_b) == \
+                "OK lmtp:inet:b.example:24"
+    finally:
+        routed.redis.start()
+    wait_ok(*routed.nodes)
+
+
+def test_route_without_userdb(routed):
+    """Who is not known now waits, and nobody else."""
+    a = routed.a
+    strangers = ["stranger%d@example.net" % n for n in range(3)]
+    with contextlib.ExitStack() as stack:
+        # a process for this question, so that one can be stopped
+        assert route(a, strangers[0]) == "NOTFOUND "
+        stack.enter_context(a.paused("auth"))
+        waiting = [stack.enter_context(Socketmap(a)) for _ in range(20)]
+        start = time.monotonic()
+        for n, connection in enumerate(waiting):
+            connection.send(strangers[1 + n % 2])
+        with Policy(a) as connection:
+            for _ in range(100):
+                assert connection.ask() == "DUNNO"
+        assert time.monotonic() - start < 2
+        # remembered
+        assert route(a, strangers[0]) == "NOTFOUND "
+        for connection in waiting:
+            assert connection.answer().startswith("TEMP ")
+        assert 4 < time.monotonic() - start < 12
+    assert wait_for(lambda: route(a, strangers[1]) == "NOTFOUND ",
+                    "the userdb's answer")
+    assert re.search(r"userdb .*auth-dovetail-userdb: It does not answer",
+                     a.log_text())
+
+
+def test_route_while_userdb_restarts(routed):
+    """... nobody is told that it failed."""
+    a = routed.a
+    routed.expect_errors(r"killed with signal 9", r"auth",
+                         r"Disconnected unexpectedly", r"stats-writer")
+    for n in range(2):
+        pids = wait_for(lambda: a.settled("auth"), "auth")
+        with Socketmap(a) as connection:
+            with a.paused("auth"):
+                connection.send("restarted%d@example.net" % n)
+                assert not select.select([connection.socket], [], [], 0.3)[0]
+                send(signal.SIGKILL, pids)
+            assert connection.answer() == "NOTFOUND "
+
+
+def test_route_to_a_stranger(routed):
+    """A primary that is no node of ours."""
+    routed.expect_errors(r"dovetail_primary: 'c' is neither")
+    for node in routed.nodes:
+        node.add_user("lost", routed.on_a.uid, routed.on_a.gid,
+                      dovetail_primary="c")
+    assert wait_for(lambda: (answer := route(
+        routed.a, "lost@example.org")) != "NOTFOUND " and answer,
+        "the new user", 30).startswith("TEMP ")
+    routed.a.wait_log("dovetail_primary is c, which is neither this node")
+
+
+def test_route_of_the_default(new_cluster):
+    """Without a userdb: everybody's primary; after a reload the new one."""
+    cluster = new_cluster(["sdbox", "sdbox"], settings=dict(
+        FAST, dovetail_health_transports="a=lmtp:inet:a.example:24",
+        dovetail_health_domains="example.net",
+        dovetail_health_userdb="none"))
+    a = cluster.a
+    # Dovecot's own, when it is told to reload while services still start
+    cluster.expect_errors(r"stats-writer")
+    assert route(a, "anybody@example.net") == "OK lmtp:inet:a.example:24"
+    assert route(a, "anybody@example.org") == "NOTFOUND "
+    for node in cluster.nodes:
+        node.settings["dovetail_primary"] = "b"
+        node.reload()
+
+    def answer():
+        with contextlib.suppress(OSError, AssertionError):
+            return route(a, "anybody@example.net")
+    wait_for(lambda: answer() == "TEMP dovetail: the way to the primary is not "
+             "known", "the new primary")
+    for node in cluster.nodes:
+        node.settings["dovetail_health_transports"] = None
+        node.reload()
+    wait_for(lambda: answer() == "NOTFOUND ", "no transports")
+
+
 # ---- hostile clients
 
 RUBBISH = [b"\0" * 100, b"\xff\xfe\n\n", b"=\n\n", b"nothing\n\n",
            b"request=smtpd_access_policy\n\0=\n\n",
            b"request=junk\nrecipient=x\n\n", b"\n", b"GET / HTTP/9.9\r\n\r\n",
-           b"\r\n" * 50, b"a" * 100000, b"recipient=" + b"x" * 100000,
+           b"\r\n" * 50, b"1:x,", b"3:a b;", b"3:a\0b,", b"2047:" + b"x " * 1024,
+           b"99999999999999999999999:x,", b":x,", b"5:x", b"-1:,",
+           b"a" * 100000, b"recipient=" + b"x" * 100000,
            struct.pack(">IB", 2 ** 32 - 1, 1) + b"x" * 100,
            struct.pack(">IB", 1, 16), struct.pack(">IB", 1, 17),
            struct.pack(">IB", 5, 16) + b"\1\1a\2"]
 
 
-@pytest.mark.parametrize("listener", ["policy", "exim", "agent", "http",
-                                      "health"])
+@pytest.mark.parametrize("listener", ["policy", "socketmap", "exim", "agent",
+                                      "http", "health"])
 def test_rubbish(well, listener):
     """It is refused, or gets some answer, and the service lives."""
     pid, = well.a.pids("dovetail-health")
     for rubbish in RUBBISH:
         with contextlib.suppress(ConnectionError):
             answer = ask(well.a, listener, rubbish, shutdown=True)
-            if listener == "policy":
+            if listener in ("policy", "socketmap"):
                 assert answer == b"", (rubbish, answer)
             assert len(answer) < 1000
     assert well.a.pids("dovetail-health") == [pid]

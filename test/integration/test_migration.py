@@ -338,6 +338,7 @@ def test_from_23_to_24_and_back(new_cluster):
     # a login while imap-login is stopped; clients while Dovecot is
     cluster.expect_errors(
         r"net_connect_unix\(\S*/stats-writer\) failed",
+        r"auth: Error: auth-worker: net_connect_unix\(auth-worker\) failed",
         "auth: Error: auth-master client: Master requested auth for "
         "nonexistent client",
         "auth: Error: auth-worker: Aborted LIST request for .: Worker process "

@@ -809,8 +809,13 @@ def test_applied(node):
         assert row["connection"] == "ok"
         assert (row["entries"], row["lag"]) == ("0", "0.000")
         assert client.check(APPLIED)[0] == OK
-        # known already, and applied already
-        assert client.change(delta(1, 2), APPLIED) == OK
+        # queued already: the replica is asked again whether it could apply it
+        tag = client.begin(delta(1, 2), APPLIED)
+        wait_for(lambda: node.entries(shard)[-1][0] != entries[-1][0],
+                 "the same change again")
+        assert client.reply(tag, 0.3) is None
+        report(node, shard, node.entries(shard)[-1][0], entries=2)
+        assert client.reply(tag)[0] == OK
         wait_for(lambda: len(node.entries(shard)) == 1, "trimming")
 
 

@@ -126,6 +126,20 @@ def test_flags_and_keywords_changed(user):
     user.wait_equal()
 
 
+def test_more_differences_than_one_question_holds(new_cluster):
+    cluster = new_cluster(("mdbox", "mdbox"))
+    cluster.expected = list(DISTURBED)
+    user = cluster.user()
+    with user.imap() as session:
+        for _ in range(5):
+            session.append("INBOX", *([mail("one of many")] * 1000))
+    user.wait_equal(60)
+    behind_its_back(user, "flags add", r"\Flagged", "mailbox", "INBOX",
+                    "uid", ",".join(map(str, range(30, 5000, 30))))
+    nudge(user)
+    user.wait_equal(60)
+
+
 def test_extra_message_is_kept(user):
     """At the end of the mailbox, where the primary's next message belongs."""
     behind_its_back(user, "save", "-m", "INBOX", input=mail("only here"))

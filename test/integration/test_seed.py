@@ -137,8 +137,12 @@ def test_interruption(seeded, what):
     else:
         cluster.b.kill()
         cluster.b.start()
-        # it has forgotten the question
-        command.end(signal.SIGINT, exit=TEMPFAIL)
+        # It has forgotten the question; but on a busy machine all may have
+        # been there before it was killed, and then that is what was said.
+        command.process.send_signal(signal.SIGINT)
+        done = command.process.wait(120) == 0
+        command.end(exit=0 if done else TEMPFAIL)
+        assert not done or on_replica(cluster, users) == everything
     before = redis_bytes(cluster) if what != "redis" else 0
 
     def complete():

@@ -186,7 +186,7 @@ end_idle:
 		fi;
 		/* replay_wanted_passed() */
 		need = (!snapshot && wanted && to > need -> to : need);
-		/* replay_mailbox_fits() */
+		/* replay_fits() */
 		if
 		:: failed > 0 -> atomic {
 			/* REPLAY_FAILED */
