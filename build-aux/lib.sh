@@ -9,6 +9,8 @@ packages_build=(autoconf automake gcc libc6-dev libtool make
 # ... and to run it
 packages_run=(dovecot-core dovecot-imapd dovecot-lmtpd dovecot-managesieved
 	dovecot-pop3d dovecot-sieve openssl python3 redis-server)
+# ... and what integration tests start of others: unpacked, not installed
+packages_unpacked=(exim4-daemon-light haproxy postfix prometheus promtool)
 
 # Nothing in /usr/local, in a home directory or in the caller's environment
 # shall decide what is tested.
@@ -206,6 +208,66 @@ install_packages() {
 		-o DPkg::Lock::Timeout=120 -o Dpkg::Use-Pty=0 install "$@"
 }
 
+# unpack PACKAGE...: puts the files of these packages into $programs, but installs
+# only libraries that they need: an MTA that the machine has stays, and no service of
+# theirs is ever known to it. Tests bring their own configurations. Root only.
+programs=${DOVETAIL_TEST_PROGRAMS:-/var/cache/dovetail/programs}
+unpack() {
+	local package version stale=() libs=()
+
+	export DOVETAIL_TEST_PROGRAMS=$programs
+	for package; do
+		version=$(unpack_candidate "$package")
+		# Debian 12 has that in prometheus
+		[ -n "$version" ] || [ "$package" != promtool ] || continue
+		if [ -z "$version" ]; then
+			step "  getting Debian's list of packages" 600 apt-get -q \
+				-o DPkg::Lock::Timeout=120 update || return 1
+			version=$(unpack_candidate "$package")
+		fi
+		[ "$(cat "$programs/$package.version" 2>/dev/null)" = \
+			"$version" ] && [ -n "$version" ] || stale+=("$package")
+	done
+	if [ ${#stale[@]} -gt 0 ]; then
+		mkdir -p "$programs" || return 1
+		step "Unpacking ${stale[*]} in $programs" 900 \
+			bash -c "$unpack_script" unpack "$programs" \
+			"$tmp/unpack" "${stale[@]}" || return 1
+	fi
+	mapfile -t libs < <(cd "$programs" && cat "${@/%/.libraries}" \
+		2>/dev/null)
+	install "${libs[@]}"
+}
+
+unpack_candidate() {
+	apt-cache --no-all-versions show "$1" 2>/dev/null |
+		sed -n 's/^Version: //p'
+}
+
+# shellcheck disable=SC2016
+unpack_script='
+	set -e
+	programs=$1 dir=$2
+	shift 2
+	for package; do
+		rm -rf "$dir"
+		mkdir "$dir"
+		cd "$dir"
+		apt-get -q download "$package" || {
+			# the list may be older than what the mirror still has
+			apt-get -q -o DPkg::Lock::Timeout=120 update
+			apt-get -q download "$package"
+		}
+		dpkg-deb --extract ./*.deb "$programs"
+		# JavaScript is for pages that nobody looks at
+		dpkg-deb --field ./*.deb Pre-Depends Depends |
+			sed "s/^[A-Za-z-]*: //" | tr , "\n" |
+			sed -n "s/^ *\(lib[^ (|]*\).*/\1/p" |
+			grep -v ^libjs- >"$programs/$package.libraries" || :
+		dpkg-deb --field ./*.deb Version >"$programs/$package.version"
+	done
+'
+
 # The package is new, so nobody has asked for its service on this machine.
 disable_service() {
 	if $as_root update-rc.d "$1" disable >/dev/null 2>&1; then
@@ -250,7 +312,7 @@ clean_source() {
 		-name Makefile -o -name __pycache__ -o \
 		-path './test/unit/test-dovetail-*' ! -name '*.[ch]' -o \
 		-path './test/fuzz/fuzz-*' ! -name '*.[ch]' -o \
-		-path './plugin/dovetail-*' ! -name '*.[ch]' \) \
+		-path './plugin/dovetail-*' ! -name '*.[ch]' ! -name '*.html' \) \
 		-prune -exec rm -rf {} +)
 }
 
