@@ -100,6 +100,22 @@ static bool transaction_changes(struct mailbox_transaction_context *t)
 		itrans->attribute_updates != NULL;
 }
 
+/* A Maildir whose UID list is locked takes new files without UIDs, which stand in no
+   transaction log until somebody syncs: the client would get its OK before
+   there is anything to send. As mail_log does, have it wait for the lock. */
+static struct mailbox_transaction_context *
+dovetail_transaction_begin(struct mailbox *box,
+			   enum mailbox_transaction_flags flags,
+			   const char *reason)
+{
+	struct dovetail_mailbox *dbox = DOVETAIL_MAILBOX_CONTEXT(box);
+	struct dovetail_user *duser = dbox->duser;
+
+	if (duser->primary && duser->set.ack != DOVETAIL_ACK_LOCAL)
+		flags |= MAILBOX_TRANSACTION_FLAG_ASSIGN_UIDS;
+	return dbox->module_ctx.super.transaction_begin(box, flags, reason);
+}
+
 static int
 dovetail_transaction_commit(struct mailbox_transaction_context *t,
 			    struct mail_transaction_commit_changes *changes_r)
@@ -278,6 +294,7 @@ static void dovetail_mailbox_allocated(struct mailbox *box)
 		mailbox_list_get_namespace(box->list), box->vname, guid);
 	dbox->module_ctx.super = *v;
 	box->vlast = &dbox->module_ctx.super;
+	v->transaction_begin = dovetail_transaction_begin;
 	v->transaction_commit = dovetail_transaction_commit;
 	v->transaction_rollback = dovetail_transaction_rollback;
 	v->save_begin = dovetail_save_begin;

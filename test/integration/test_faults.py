@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import threading
 import time
 
@@ -862,3 +863,23 @@ def test_list_while_inbox_is_created():
                 fcntl.lockf(lock, fcntl.LOCK_EX)
                 with at_most(ACK_TIMEOUT):
                     user.doveadm("mailbox list", node=node)
+
+
+def test_delivery_while_the_uid_list_is_locked(new_cluster):
+    """Without the lock Dovecot delivers into a Maildir all the same, and gives
+    the message its UID later: nothing could be sent before the answer."""
+    cluster = new_cluster(["maildir", "sdbox"])
+    user = cluster.user()
+    user.lmtp(mail("before"))
+    user.wait_equal()
+    count = cluster.redis.entries("a")
+    lock = os.path.join(user.primary.home(user), "mail", "dovecot-uidlist.lock")
+    user.write(lock, b"%d:%s" % (os.getpid(), socket.gethostname().encode()))
+    writer = threading.Thread(target=user.lmtp, args=(mail("after"),))
+    writer.start()
+    writer.join(1)
+    waited = writer.is_alive()
+    os.unlink(lock)
+    writer.join()
+    assert waited and cluster.redis.entries("a") > count
+    user.wait_equal()
