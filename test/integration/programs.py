@@ -232,9 +232,10 @@ class Postfix(Mta):
         self.signal(signal.SIGHUP)
 
     def queued(self):
-        """How many mails wait."""
-        return sum(len(files) for name in ("incoming", "active", "deferred")
-                   for _, _, files in os.walk(os.path.join(self.queue, name)))
+        """How many mails wait. One that is moved meanwhile may be missed."""
+        return len({name for queue in ("incoming", "active", "deferred")
+                    for _, _, files in os.walk(os.path.join(self.queue, queue))
+                    for name in files})
 
 
 EXIM = """\

@@ -109,6 +109,12 @@ class Site:
                          timeout)
         assert {found[name] for name in wanted} == {1}, found
 
+    def wait_queued(self, sender, mx):
+        """Until so many mails wait at each."""
+        wait_for(lambda: (self.sender.queued(), self.mx.queued()) ==
+                 (sender, mx), "%d mails to wait at the sender, %d at the MX" %
+                 (sender, mx), 30)
+
     def start(self):
         self.mx.start()
         self.sender.start()
@@ -133,8 +139,7 @@ def site():
 def well(site):
     """The same, and all is well, and nothing waits."""
     wait_ok(*site.nodes)
-    wait_for(lambda: site.mx.queued() + site.sender.queued() == 0,
-             "empty queues", 30)
+    site.wait_queued(0, 0)
     return site
 
 
@@ -171,7 +176,7 @@ def test_postfix_and_a_diverged_mailbox(well):
     assert answers[address(other)][0] == 250
     waits, goes = well.post(user), well.post(other)
     well.wait_there(other, goes)
-    assert well.sender.queued() == 1
+    well.wait_queued(1, 0)
     assert waits not in subjects(a, user)
     a.doveadm("dovetail", "repair", "-u", user.name)
     well.wait_there(user, waits)
@@ -190,7 +195,7 @@ def test_postfix_and_no_protection(well):
         posted = [well.post(user, other) for _ in range(5)]
         wait_for(lambda: "450 4.3.2" in well.sender.log_text(),
                  "the sender to be told")
-        assert well.mx.queued() == 0 and well.sender.queued() == 5
+        well.wait_queued(5, 0)
         assert not subjects(a, user) and not subjects(a, other)
     finally:
         well.cluster.redis.start()
@@ -217,10 +222,11 @@ def test_postfix_and_refusal(well):
     try:
         wait_state(a, "unprotected")
         posted = [well.post(user) for _ in range(3)]
-        wait_for(lambda: well.mx.queued() == 3 and re.search(
+        well.wait_queued(0, 3)
+        wait_for(lambda: re.search(
             r"status=deferred.*new messages cannot be replicated",
-            well.mx.log_text(), re.I), "mail to wait")
-        assert well.sender.queued() == 0 and not subjects(a, user)
+            well.mx.log_text(), re.I), "mail to be deferred")
+        assert not subjects(a, user)
     finally:
         well.cluster.redis.start()
         well.mx.configure(well.main_cf(True))
@@ -239,7 +245,7 @@ def test_postfix_and_lost_nodes(well):
     b.kill()
     first = well.post(ann, ben)
     well.wait_there(ann, first)
-    wait_for(lambda: well.mx.queued() == 1, "mail to wait")
+    well.wait_queued(0, 1)
     b.start()
     well.wait_there(ben, first)
     # That node of which the MX asks: Postfix has no default for that. (Of ann and
@@ -303,7 +309,7 @@ def test_postfix_follows_the_primary(well):
     try:
         a.doveadm("service", "stop", "lmtp")
         waits = well.post(user)
-        wait_for(lambda: well.mx.queued() == 1, "mail to wait")
+        well.wait_queued(0, 1)
         for node in well.nodes:
             node.settings["dovetail_primary"] = "b"
             node.reload()
