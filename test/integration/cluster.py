@@ -482,11 +482,14 @@ class Node(Daemon):
         """Until the last process is gone, as an init system does it. Dovecot's
         master does not wait for all: an imap process goes on as long as its
         client has commands, and one that waits for the disk just then keeps
-        the listeners, and a start finds "Socket already exists"."""
+        the listeners, and a start finds "Socket already exists". auth, when it
+        is to list users, tries for 30 s to reach a worker of its own, which
+        nobody starts any more."""
         self.end(signal.SIGTERM)
         send(signal.SIGTERM, self.pids())
         try:
-            wait_for(lambda: not self.pids(), "processes to end")
+            wait_for(lambda: not self.pids(), "processes to end",
+                     max(PATIENCE, 45))
         except AssertionError:
             self.kill_all()
             raise
